@@ -1,0 +1,44 @@
+"""All that a checkpoint needs: configs, attention and models."""
+
+from .attention import SelfAttention
+from .configuration_shared_attention import SharedAttentionConfig
+from .configuration_shared_bert import SharedBertConfig
+from .configuration_shared_gpt import SharedGptConfig
+from .modeling_shared_bert import (
+    SharedBertForMaskedLM,
+    SharedBertForMultipleChoice,
+    SharedBertForQuestionAnswering,
+    SharedBertForSequenceClassification,
+    SharedBertForTokenClassification,
+    SharedBertModel,
+    SharedBertPreTrainedModel,
+)
+from .modeling_shared_gpt import (
+    SharedGptForCausalLM,
+    SharedGptForSequenceClassification,
+    SharedGptForTokenClassification,
+    SharedGptModel,
+    SharedGptPreTrainedModel,
+)
+from .schemes import SCHEMES, Scheme
+
+__all__ = [
+    "SCHEMES",
+    "Scheme",
+    "SelfAttention",
+    "SharedAttentionConfig",
+    "SharedBertConfig",
+    "SharedBertForMaskedLM",
+    "SharedBertForMultipleChoice",
+    "SharedBertForQuestionAnswering",
+    "SharedBertForSequenceClassification",
+    "SharedBertForTokenClassification",
+    "SharedBertModel",
+    "SharedBertPreTrainedModel",
+    "SharedGptConfig",
+    "SharedGptForCausalLM",
+    "SharedGptForSequenceClassification",
+    "SharedGptForTokenClassification",
+    "SharedGptModel",
+    "SharedGptPreTrainedModel",
+]

@@ -1,0 +1,132 @@
+"""Self-attention of every scheme, folded: the trained parameters are the papers', the computation is not.
+
+- All distinct matrices are one `projection`; the roles are views of its result.
+- ``shared``: the logits depend on d_q ⊙ d_k only, so the query carries both and key = value = S; d_v passes
+  through the weighted mean and scales the input of the output matrix.
+- ``pairwise``: Q·(Q·U)ᵀ = (Q·Uᵀ)·Qᵀ, so U goes onto the query and the key stays a view (and is cached as one).
+- Roles with the same matrix are handed on as the same tensor, never a copy.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention written out.
+
+    Args:
+        query: [batch, heads, queries, head_dim]; `key` and `value`: [batch, key_value_heads, keys, head_dim].
+        attention_mask: added to the logits, or None.
+
+    Returns:
+        The context [batch, queries, heads, head_dim] and the weights [batch, heads, queries, keys].
+    """
+    if module.num_key_value_groups > 1:
+        key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    logits = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    weights = nn.functional.softmax(logits, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention whose query, key and value come from the matrices of `config.attention_scheme`.
+
+    Owns the matrices, the roles, the output matrix and the use of the cache; norms, residuals and the dropout of
+    the result are the block's.
+
+    Args:
+        config: a `SharedAttentionConfig`.
+        layer_idx: the layer's place in the cache.
+        is_causal: whether a token may not attend to later ones.
+    """
+
+    def __init__(self, config, layer_idx: int, is_causal: bool):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.scheme = config.scheme
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        scale = self.scheme.scale if config.attention_scale is None else config.attention_scale
+        self.scaling = scale * self.head_dim**-0.5
+
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.widths = [
+            config.hidden_size if matrix == self.scheme.query else key_value_size
+            for matrix in self.scheme.matrices
+        ]
+        self.projection = nn.Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        if self.scheme.diagonals:
+            self.query_diagonal = nn.Parameter(torch.empty(config.hidden_size))
+            self.key_diagonal = nn.Parameter(torch.empty(config.hidden_size))
+            self.value_diagonal = nn.Parameter(torch.empty(config.hidden_size))
+        if self.scheme.pairwise:
+            self.pairwise = nn.Parameter(
+                torch.empty(config.num_attention_heads, self.head_dim, self.head_dim)
+            )
+
+    def init_weights(self):
+        """Starts the parameters that are not in a Linear; loaded ones are left alone."""
+        if self.scheme.diagonals:
+            for diagonal in (self.query_diagonal, self.key_diagonal, self.value_diagonal):
+                init.normal_(diagonal, mean=1.0, std=self.config.diagonal_init_std)
+        if self.scheme.pairwise and self.config.pairwise_init == "normal":
+            init.normal_(self.pairwise)
+        elif self.scheme.pairwise:
+            init.copy_(self.pairwise, torch.eye(self.head_dim).expand_as(self.pairwise))
+
+    def roles(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Makes query, key and value, each [batch, heads, seq, head_dim], from [batch, seq, hidden]."""
+        projected = self.projection(hidden_states)
+        tensors = dict(zip(self.scheme.matrices, projected.split(self.widths, dim=-1), strict=True))
+        # Under autocast a LayerNorm's result is float32 and a projection's is not; attention wants one type.
+        tensors["x"] = hidden_states.to(projected.dtype)
+        heads = {
+            name: tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for name, tensor in tensors.items()
+        }
+        query, key, value = (heads[role] for role in (self.scheme.query, self.scheme.key, self.scheme.value))
+        if self.scheme.diagonals:
+            diagonal = (self.query_diagonal * self.key_diagonal).to(query.dtype)
+            query = query * diagonal.view(-1, 1, self.head_dim)
+        if self.scheme.pairwise:
+            query = query @ self.pairwise.transpose(1, 2).to(query.dtype)
+        return query, key, value
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask=None, past_key_values=None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends within `hidden_states` [batch, seq, hidden] and what `past_key_values` holds.
+
+        Returns:
+            The result [batch, seq, hidden] and, from the eager implementation, the attention weights.
+        """
+        query, key, value = self.roles(hidden_states)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        context = context.flatten(-2)
+        if self.scheme.diagonals:
+            context = context * self.value_diagonal.to(context.dtype)
+        return self.output(context), weights

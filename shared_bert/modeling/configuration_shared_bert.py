@@ -1,0 +1,28 @@
+"""SharedBERT's config: BERT's fields and those of its attention."""
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_shared_attention import SharedAttentionConfig
+
+
+@strict
+class SharedBertConfig(SharedAttentionConfig):
+    """Config of a BERT encoder whose attention follows an attention scheme; by default BERT-base with ``shared``.
+
+    The fields of attention are described in `SharedAttentionConfig`; the others are `BertConfig`'s.
+    """
+
+    model_type = "shared_bert"
+
+    attention_scheme: str = "shared"
+    vocab_size: int = 30522
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    classifier_dropout: float | int | None = None
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True

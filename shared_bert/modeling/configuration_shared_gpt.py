@@ -1,0 +1,51 @@
+"""SharedGPT's config: GPT-2's choices under BERT's field names, and those of its attention."""
+
+from huggingface_hub.dataclasses import strict
+
+from .cache import SHARED_KEY_VALUE
+from .configuration_shared_attention import SharedAttentionConfig
+
+
+@strict
+class SharedGptConfig(SharedAttentionConfig):
+    """Config of a GPT-2-like decoder (pre-norm, learned positions) whose attention follows an attention scheme.
+
+    The defaults are the query-free GPT-small of Karbevski & Mijoski (arXiv 2510.23912): no biases, no dropout,
+    a vocabulary padded to 50304. Stock GPT-2 is ``attention_scheme="standard"`` with all three biases on,
+    ``hidden_act="gelu_new"`` and a vocabulary of 50257. The fields of attention are described in
+    `SharedAttentionConfig`.
+
+    Args:
+        mlp_bias: whether the two matrices of the feed-forward have biases.
+        norm_bias: whether the LayerNorms have biases.
+    """
+
+    model_type = "shared_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    attention_scheme: str = "query_free"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+    vocab_size: int = 50304
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 1024
+    attention_probs_dropout_prob: float | int = 0.0
+    hidden_dropout_prob: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    classifier_dropout: float | int | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    tie_word_embeddings: bool = True
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What `generate()` builds its cache from: one stream per layer where key and value are one tensor."""
+        layer_type = SHARED_KEY_VALUE if self.scheme.key_is_value else "full_attention"
+        return [layer_type] * self.num_hidden_layers
+
+    def validate_layer_type(self):
+        """`layer_types` is derived and may name this package's own cache layer: nothing to validate."""

@@ -1,0 +1,376 @@
+"""SharedBERT: BERT (post-norm encoder) whose attention follows a scheme.
+
+Everything around attention is stock BERT's own module under its own name, so with ``standard`` this model is
+BERT: `load_state_dict` takes a stock state dict (the names inside attention are translated) and gives its logits.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertIntermediate,
+    BertOnlyMLMHead,
+    BertOutput,
+    BertPooler,
+    BertPreTrainedModel,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import SelfAttention
+from .configuration_shared_bert import SharedBertConfig
+from .losses import linear_cross_entropy, predicted_positions
+from .packing import attention_inputs, check_length, document_positions
+
+
+class SharedBertAttentionNorm(nn.Module):
+    """Dropout, residual and LayerNorm after attention; the name of the norm is stock BERT's."""
+
+    def __init__(self, config: SharedBertConfig):
+        super().__init__()
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(hidden_states) + residual)
+
+
+class SharedBertAttention(nn.Module):
+    def __init__(self, config: SharedBertConfig, layer_idx: int):
+        super().__init__()
+        self.self = SelfAttention(config, layer_idx, is_causal=False)
+        self.output = SharedBertAttentionNorm(config)
+        self.register_load_state_dict_pre_hook(_translate_stock_names)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask=None, **kwargs) -> torch.Tensor:
+        attended, _ = self.self(hidden_states, attention_mask, **kwargs)
+        return self.output(attended, hidden_states)
+
+
+def _translate_stock_names(module, state_dict, prefix, *args):
+    """Joins the query, key and value of a stock layer into one projection, where the scheme is ``standard``."""
+    if module.self.config.attention_scheme != "standard" or f"{prefix}self.query.weight" not in state_dict:
+        return
+    for kind in ("weight", "bias"):
+        state_dict[f"{prefix}self.projection.{kind}"] = torch.cat(
+            [state_dict.pop(f"{prefix}self.{role}.{kind}") for role in ("query", "key", "value")]
+        )
+        state_dict[f"{prefix}self.output.{kind}"] = state_dict.pop(f"{prefix}output.dense.{kind}")
+
+
+class SharedBertLayer(GradientCheckpointingLayer):
+    def __init__(self, config: SharedBertConfig, layer_idx: int):
+        super().__init__()
+        self.attention = SharedBertAttention(config, layer_idx)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask=None, **kwargs) -> torch.Tensor:
+        attended = self.attention(hidden_states, attention_mask, **kwargs)
+        return self.output(self.intermediate(attended), attended)
+
+
+class SharedBertEncoder(nn.Module):
+    def __init__(self, config: SharedBertConfig):
+        super().__init__()
+        self.layer = nn.ModuleList([SharedBertLayer(config, i) for i in range(config.num_hidden_layers)])
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask=None, **kwargs) -> BaseModelOutput:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class SharedBertPreTrainedModel(BertPreTrainedModel):
+    config: SharedBertConfig
+    config_class = SharedBertConfig
+    base_model_prefix = "bert"
+    _no_split_modules = ["BertEmbeddings", "SharedBertLayer"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": SharedBertLayer, "attentions": SelfAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SelfAttention):
+            module.init_weights()
+
+
+class SharedBertModel(SharedBertPreTrainedModel):
+    """The encoder, with a pooler over the first token unless `add_pooling_layer` is False."""
+
+    def __init__(self, config: SharedBertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = SharedBertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes `input_ids` [batch, seq] or `inputs_embeds` [batch, seq, hidden].
+
+        Args:
+            attention_mask: [batch, seq], 0 where a token is padding.
+            document_ids: [batch, seq] of a packed batch, in place of `attention_mask`: tokens attend within
+                their document only, and positions restart in each (see `packing`).
+
+        Returns:
+            `last_hidden_state` [batch, seq, hidden], `pooler_output` [batch, hidden].
+
+        Raises:
+            ValueError: not exactly one input, or more tokens than `max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_length(self.config, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        if position_ids is None and document_ids is not None:
+            position_ids = document_positions(document_ids)
+        embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        attention_mask, packing = attention_inputs(
+            self.config, False, embeddings, attention_mask, document_ids, position_ids
+        )
+        encoded = self.encoder(embeddings, attention_mask, **packing, **kwargs).last_hidden_state
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded,
+            pooler_output=None if self.pooler is None else self.pooler(encoded),
+        )
+
+
+class SharedBertForMaskedLM(SharedBertPreTrainedModel):
+    """The encoder with BERT's head over the vocabulary, tied to the word embeddings."""
+
+    _tied_weights_keys = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def __init__(self, config: SharedBertConfig):
+        super().__init__(config)
+        self.bert = SharedBertModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
+        self.cls.predictions.decoder = new_embeddings
+        self.cls.predictions.bias = new_embeddings.bias
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_predictions: int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """Predicts masked tokens; arguments not named here are `SharedBertModel.forward`'s.
+
+        Args:
+            labels: [batch, seq]; -100 where nothing is predicted.
+            num_predictions: an upper bound of the labels that are not -100, which keeps shapes static (see
+                `losses.predicted_positions`).
+            skip_logits: leave `logits` None and run the head at predicted positions only. None does so when
+                training with labels.
+
+        Returns:
+            `loss`, the mean over predicted positions in nats, and `logits` [batch, seq, vocabulary].
+        """
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        loss = None
+        if labels is not None:
+            rows = hidden_states.flatten(0, 1)
+            targets = labels.flatten()
+            positions = predicted_positions(labels, num_predictions)
+            if positions is not None:
+                rows, targets = rows[positions], targets[positions]
+            head = self.cls.predictions
+            loss = linear_cross_entropy(
+                head.transform(rows),
+                head.decoder.weight,
+                head.decoder.bias,
+                targets,
+                kwargs.get("num_items_in_batch"),
+            )
+        return MaskedLMOutput(
+            loss=loss,
+            logits=None if skip_logits else self.cls(hidden_states),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SharedBertClassifier(SharedBertPreTrainedModel):
+    """What the classification heads share: the encoder, dropout and one linear layer."""
+
+    def __init__(self, config: SharedBertConfig, num_outputs: int, add_pooling_layer: bool):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = SharedBertModel(config, add_pooling_layer=add_pooling_layer)
+        dropout = (
+            config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, num_outputs)
+        self.post_init()
+
+
+class SharedBertForSequenceClassification(SharedBertClassifier):
+    """Classifies (or, with one label, scores) a text or a pair of texts by the pooled first token."""
+
+    def __init__(self, config: SharedBertConfig):
+        super().__init__(config, config.num_labels, add_pooling_layer=True)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """Gives `logits` [batch, labels]; `labels` [batch] are classes, or numbers where `num_labels` is 1."""
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SharedBertForTokenClassification(SharedBertClassifier):
+    """Classifies every token."""
+
+    def __init__(self, config: SharedBertConfig):
+        super().__init__(config, config.num_labels, add_pooling_layer=False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Gives `logits` [batch, seq, labels]; `labels` [batch, seq], -100 where a token has none."""
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SharedBertForMultipleChoice(SharedBertClassifier):
+    """Scores several continuations of a text and picks one."""
+
+    def __init__(self, config: SharedBertConfig):
+        super().__init__(config, 1, add_pooling_layer=True)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        """Takes inputs of [batch, choices, seq]; gives `logits` [batch, choices]; `labels` [batch]."""
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        outputs = self.bert(*(None if t is None else t.flatten(0, 1) for t in inputs), **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
+        return MultipleChoiceModelOutput(
+            loss=None if labels is None else nn.functional.cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SharedBertForQuestionAnswering(SharedBertPreTrainedModel):
+    """Marks the start and the end of an answer in a text."""
+
+    def __init__(self, config: SharedBertConfig):
+        super().__init__(config)
+        self.bert = SharedBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """Gives `start_logits` and `end_logits` [batch, seq]; the positions [batch] are the labels.
+
+        A position beyond the sequence (an answer that was cut off) does not enter the loss.
+        """
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,361 @@
+"""SharedGPT: a GPT-2-like decoder (pre-norm, learned positions, optional biases) whose attention follows a scheme.
+
+Parameter names outside attention are stock GPT-2's, and matrices are `nn.Linear` ([out, in]). With ``standard``
+and all biases on, `load_state_dict` takes a stock state dict (whose matrices are [in, out]) and gives its logits.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import SelfAttention
+from .configuration_shared_gpt import SharedGptConfig
+from .losses import linear_cross_entropy
+from .packing import attention_inputs, check_length, document_positions
+
+
+class SharedGptMLP(nn.Module):
+    def __init__(self, config: SharedGptConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.act(self.c_fc(hidden_states)))
+
+
+class SharedGptBlock(GradientCheckpointingLayer):
+    def __init__(self, config: SharedGptConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = _layer_norm(config)
+        self.attn = SelfAttention(config, layer_idx, is_causal=True)
+        self.ln_2 = _layer_norm(config)
+        self.mlp = SharedGptMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_load_state_dict_pre_hook(_translate_stock_names)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask=None, past_key_values: Cache | None = None, **kwargs
+    ) -> torch.Tensor:
+        attended, _ = self.attn(self.ln_1(hidden_states), attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.ln_2(hidden_states)))
+
+
+def _layer_norm(config: SharedGptConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
+
+
+def _translate_stock_names(module, state_dict, prefix, *args):
+    """Renames and transposes the matrices of a stock block, where the scheme is ``standard``."""
+    if module.attn.config.attention_scheme != "standard" or f"{prefix}attn.c_attn.weight" not in state_dict:
+        return
+    for stock, ours in (
+        ("attn.c_attn", "attn.projection"),
+        ("attn.c_proj", "attn.output"),
+        ("mlp.c_fc", "mlp.c_fc"),
+        ("mlp.c_proj", "mlp.c_proj"),
+    ):
+        state_dict[f"{prefix}{ours}.weight"] = state_dict.pop(f"{prefix}{stock}.weight").T
+        state_dict[f"{prefix}{ours}.bias"] = state_dict.pop(f"{prefix}{stock}.bias")
+
+
+class SharedGptPreTrainedModel(PreTrainedModel):
+    config: SharedGptConfig
+    config_class = SharedGptConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SharedGptBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": SharedGptBlock, "attentions": SelfAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SelfAttention):
+            module.init_weights()
+        if isinstance(module, SharedGptBlock):
+            # Every block adds to the residual stream twice; GPT-2 starts these matrices smaller to match.
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.attn.output.weight, std=std)
+            init.normal_(module.mlp.c_proj.weight, std=std)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ):
+        """Gives compiled generation one mask for all layers; the default would make one per layer type."""
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+
+class SharedGptModel(SharedGptPreTrainedModel):
+    """The decoder, without a head."""
+
+    def __init__(self, config: SharedGptConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.drop = nn.Dropout(config.hidden_dropout_prob)
+        self.h = nn.ModuleList([SharedGptBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.ln_f = _layer_norm(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.wte = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Reads `input_ids` [batch, seq] or `inputs_embeds` [batch, seq, hidden], after what the cache holds.
+
+        Args:
+            attention_mask: [batch, cached + seq], 0 where a token is padding, on either side.
+            position_ids: [batch, seq]; by default 0, 1, 2 … after the cached tokens. `generate()` gives those
+                of left-padded rows.
+            document_ids: [batch, seq] of a packed batch, in place of `attention_mask`: tokens attend within
+                their document only, and positions restart in each (see `packing`).
+
+        Returns:
+            `last_hidden_state` [batch, seq, hidden], and `past_key_values` where `use_cache`.
+
+        Raises:
+            ValueError: not exactly one input, or more tokens than `max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(past_length, int):  # a static cache counts in a tensor, and has a length of its own
+            check_length(self.config, past_length + inputs_embeds.shape[1])
+        if position_ids is None and document_ids is not None:
+            position_ids = document_positions(document_ids)
+        mask, packing = attention_inputs(
+            self.config, True, inputs_embeds, attention_mask, document_ids, position_ids, past_key_values
+        )
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        for block in self.h:
+            hidden_states = block(hidden_states, mask, past_key_values=past_key_values, **packing, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
+    """The decoder with a head over the vocabulary, tied to the word embeddings."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: SharedGptConfig):
+        super().__init__(config)
+        self.transformer = SharedGptModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Predicts each next token; arguments not named here are `SharedGptModel.forward`'s.
+
+        Args:
+            labels: [batch, seq], the tokens themselves (they are shifted here); -100 where nothing is predicted.
+            logits_to_keep: give logits for this many last positions, or for these positions; 0 gives all.
+            skip_logits: leave `logits` None. None does so when training with labels.
+
+        Returns:
+            `loss`, the mean over predicted positions in nats, and `logits` [batch, kept, vocabulary].
+        """
+        outputs = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        logits = loss = None
+        if labels is not None:
+            loss = linear_cross_entropy(
+                hidden_states[:, :-1].flatten(0, 1),
+                self.lm_head.weight,
+                None,
+                labels[:, 1:].flatten(),
+                kwargs.get("num_items_in_batch"),
+            )
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SharedGptForSequenceClassification(SharedGptPreTrainedModel):
+    """Classifies (or, with one label, scores) a text by its last token that is not padding."""
+
+    def __init__(self, config: SharedGptConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = SharedGptModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """Gives `logits` [batch, labels]; `labels` [batch] are classes, or numbers where `num_labels` is 1.
+
+        The last token is found by `attention_mask`, else by `pad_token_id`.
+
+        Raises:
+            ValueError: a batch of several rows with neither.
+        """
+        outputs = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        logits = self.score(
+            hidden_states[torch.arange(len(hidden_states)), self._last(input_ids, attention_mask)]
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last(self, input_ids, attention_mask) -> torch.Tensor | int:
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_text = attention_mask != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            is_text = input_ids != self.config.pad_token_id
+        elif input_ids is None or len(input_ids) == 1:
+            return -1
+        else:
+            raise ValueError(
+                "a batch of several texts needs an attention_mask, or pad_token_id in the config, to find their ends"
+            )
+        return (is_text * torch.arange(is_text.shape[1], device=is_text.device)).argmax(dim=1)
+
+
+class SharedGptForTokenClassification(SharedGptPreTrainedModel):
+    """Classifies every token, from what comes before it."""
+
+    def __init__(self, config: SharedGptConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = SharedGptModel(config)
+        # GPT-2's own head drops out 10 % where the config does not say.
+        self.dropout = nn.Dropout(0.1 if config.classifier_dropout is None else config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Gives `logits` [batch, seq, labels]; `labels` [batch, seq], -100 where a token has none."""
+        outputs = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

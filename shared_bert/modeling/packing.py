@@ -1,0 +1,85 @@
+"""Packed batches: several documents in a row, none seen by another.
+
+A model takes `document_ids` [batch, seq]: equal, contiguous numbers within a document. From them come the
+positions, restarted in every document, and what keeps documents apart: a block-diagonal mask, or the sequence
+lengths that flash attention takes in its place.
+"""
+
+import torch
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    packed_sequence_mask_function,
+)
+from transformers.utils.generic import is_flash_attention_requested
+
+
+def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
+    """Marks the first token of every document; boolean [batch, seq]."""
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return starts
+
+
+def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
+    """Numbers the tokens of every document from 0; [batch, seq]."""
+    indices = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    return indices - torch.where(document_starts(document_ids), indices, 0).cummax(dim=1).values
+
+
+def check_length(config, length: int):
+    """Raises a ValueError where `length` tokens are more than the model has positions for."""
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"the sequence has {length} tokens, but max_position_embeddings={config.max_position_embeddings}: "
+            "truncate it, or train a model with more positions"
+        )
+
+
+def attention_inputs(
+    config,
+    is_causal: bool,
+    inputs_embeds,
+    attention_mask=None,
+    document_ids=None,
+    position_ids=None,
+    cache=None,
+) -> tuple[torch.Tensor | None, dict]:
+    """Makes what attention needs to see the right tokens only, in the form the chosen implementation takes.
+
+    Args:
+        inputs_embeds: [batch, seq, hidden].
+        attention_mask: [batch, keys], 0 where a token is padding, or a finished mask of four dimensions.
+        document_ids: [batch, seq] of a packed batch. Padding is a document of its own, so no mask goes with it.
+        position_ids: as the caller gave them; where they restart, causal attention takes a new document to begin.
+
+    Returns:
+        The mask, and keyword arguments for every attention layer.
+
+    Raises:
+        ValueError: `document_ids` beside a mask or a cache.
+    """
+    if document_ids is None:
+        if is_causal:
+            return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids), {}
+        return create_bidirectional_mask(config, inputs_embeds, attention_mask), {}
+    if attention_mask is not None:
+        raise ValueError("document_ids already separate padding from text: leave out attention_mask")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("document_ids describe whole rows: they cannot go with past_key_values")
+    if is_flash_attention_requested(config):
+        # One wait for the device per forward. The longest length may be any upper bound.
+        starts = document_starts(document_ids).flatten().nonzero().flatten()
+        ends = starts.new_tensor([document_ids.numel()])
+        lengths = torch.cat([starts, ends]).to(torch.int32)
+        longest = document_ids.shape[1]
+        return None, {
+            "cu_seq_lens_q": lengths,
+            "cu_seq_lens_k": lengths,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    same_document = packed_sequence_mask_function(document_ids)
+    if is_causal:
+        return create_causal_mask(config, inputs_embeds, None, None, and_mask_function=same_document), {}
+    return create_bidirectional_mask(config, inputs_embeds, None, and_mask_function=same_document), {}

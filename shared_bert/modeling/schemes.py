@@ -1,0 +1,56 @@
+"""Which matrix plays which role: the attention schemes, as one table.
+
+A role (query, key, value) names the matrix that makes it. ``x`` is no matrix: the role is the block's
+input itself. Two roles with the same name share one matrix, and so one projection of the input.
+
+| scheme | source |
+|---|---|
+| ``standard`` | Vaswani et al., arXiv 1706.03762 |
+| ``symmetric``, ``pairwise`` | Courtois et al., arXiv 2406.06366: K = Q, and K = Q·U with one U per head |
+| ``shared`` | Kowsher et al., arXiv 2412.00359: S = x·W_s, then Q = S·D_q, K = S·D_k, V = S·D_v |
+| ``unified`` | ``shared`` with its diagonals fixed at one: Q = K = V |
+| ``query_free``, ``key_free``, ``value_free`` | Karbevski & Mijoski, arXiv 2510.23912: one role is the input |
+| ``shared_kv`` | Kayyam et al., arXiv 2606.04032: V = K |
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A row of the table: the matrix behind each role, and what a scheme has besides matrices."""
+
+    query: str
+    key: str
+    value: str
+    diagonals: bool = False  # d_q, d_k, d_v scale the channels of the roles
+    pairwise: bool = False  # one U [head_dim, head_dim] per head stands between query and key
+    scale: float = 1.0  # of the logits, as a multiple of 1/sqrt(head_dim)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The distinct matrices, in the order of the roles they first appear in."""
+        return tuple(dict.fromkeys(role for role in (self.query, self.key, self.value) if role != "x"))
+
+    @property
+    def key_is_value(self) -> bool:
+        """Whether the folded computation attends with one tensor as both key and value."""
+        return self.key == self.value
+
+    @property
+    def can_group(self) -> bool:
+        """Whether key and value may have fewer heads: neither is the query's matrix or the input."""
+        return not {self.key, self.value} & {self.query, "x"}
+
+
+SCHEMES = {
+    "standard": Scheme("q", "k", "v"),
+    "symmetric": Scheme("q", "q", "v"),
+    "pairwise": Scheme("q", "q", "v", pairwise=True),
+    "shared": Scheme("s", "s", "s", diagonals=True),
+    "unified": Scheme("s", "s", "s"),
+    "query_free": Scheme("x", "k", "v", scale=0.5),
+    "key_free": Scheme("q", "x", "v"),
+    "value_free": Scheme("q", "k", "x"),
+    "shared_kv": Scheme("q", "k", "k"),
+}
