@@ -17,51 +17,39 @@ from transformers import (
     GPT2Tokenizer,
 )
 
-from .modeling import *  # noqa: F403 - the names are listed in modeling.__all__
-from .modeling import __all__ as __all__
-from .modeling import (
-    SharedBertConfig,
-    SharedBertForMaskedLM,
-    SharedBertForMultipleChoice,
-    SharedBertForQuestionAnswering,
-    SharedBertForSequenceClassification,
-    SharedBertForTokenClassification,
-    SharedBertModel,
-    SharedGptConfig,
-    SharedGptForCausalLM,
-    SharedGptForSequenceClassification,
-    SharedGptForTokenClassification,
-    SharedGptModel,
-)
+from . import modeling
+from .modeling import *  # noqa: F403 - modeling.__all__ is the list
 
 __version__ = "0.1.0"
+__all__ = modeling.__all__  # noqa: PLE0605
 
-for config, tokenizer, models in (
-    (
-        SharedBertConfig,
-        BertTokenizer,
-        {
-            AutoModel: SharedBertModel,
-            AutoModelForMaskedLM: SharedBertForMaskedLM,
-            AutoModelForSequenceClassification: SharedBertForSequenceClassification,
-            AutoModelForTokenClassification: SharedBertForTokenClassification,
-            AutoModelForQuestionAnswering: SharedBertForQuestionAnswering,
-            AutoModelForMultipleChoice: SharedBertForMultipleChoice,
-        },
-    ),
-    (
-        SharedGptConfig,
-        GPT2Tokenizer,
-        {
-            AutoModel: SharedGptModel,
-            AutoModelForCausalLM: SharedGptForCausalLM,
-            AutoModelForSequenceClassification: SharedGptForSequenceClassification,
-            AutoModelForTokenClassification: SharedGptForTokenClassification,
-        },
-    ),
-):
+
+def _register(config, tokenizer, models):
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)
     for auto, model in models.items():
         auto.register(config, model, exist_ok=True)
-del config, tokenizer, models, auto, model
+
+
+_register(
+    modeling.SharedBertConfig,
+    BertTokenizer,
+    {
+        AutoModel: modeling.SharedBertModel,
+        AutoModelForMaskedLM: modeling.SharedBertForMaskedLM,
+        AutoModelForSequenceClassification: modeling.SharedBertForSequenceClassification,
+        AutoModelForTokenClassification: modeling.SharedBertForTokenClassification,
+        AutoModelForQuestionAnswering: modeling.SharedBertForQuestionAnswering,
+        AutoModelForMultipleChoice: modeling.SharedBertForMultipleChoice,
+    },
+)
+_register(
+    modeling.SharedGptConfig,
+    GPT2Tokenizer,
+    {
+        AutoModel: modeling.SharedGptModel,
+        AutoModelForCausalLM: modeling.SharedGptForCausalLM,
+        AutoModelForSequenceClassification: modeling.SharedGptForSequenceClassification,
+        AutoModelForTokenClassification: modeling.SharedGptForTokenClassification,
+    },
+)

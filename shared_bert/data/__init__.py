@@ -1,0 +1,23 @@
+"""Text in, token blocks out: sources, tokenizers, packing, collation."""
+
+from .blocks import Blocks, CorpusStatistics, StreamedBlocks, corpus_statistics
+from .collation import CausalLanguageModelingCollator, MaskedLanguageModelingCollator
+from .packing import pack
+from .python_docs import load_python_docs
+from .sources import load_documents
+from .tokenizers import check_tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "Blocks",
+    "CausalLanguageModelingCollator",
+    "CorpusStatistics",
+    "MaskedLanguageModelingCollator",
+    "StreamedBlocks",
+    "check_tokenizer",
+    "corpus_statistics",
+    "load_documents",
+    "load_python_docs",
+    "load_tokenizer",
+    "pack",
+    "train_tokenizer",
+]

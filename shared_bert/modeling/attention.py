@@ -60,8 +60,7 @@ class SelfAttention(nn.Module):
 
         key_value_size = config.num_key_value_heads * self.head_dim
         self.widths = [
-            config.hidden_size if matrix == self.scheme.query else key_value_size
-            for matrix in self.scheme.matrices
+            config.hidden_size if matrix == self.scheme.query else key_value_size for matrix in self.scheme.matrices
         ]
         self.projection = nn.Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
@@ -70,9 +69,7 @@ class SelfAttention(nn.Module):
             self.key_diagonal = nn.Parameter(torch.empty(config.hidden_size))
             self.value_diagonal = nn.Parameter(torch.empty(config.hidden_size))
         if self.scheme.pairwise:
-            self.pairwise = nn.Parameter(
-                torch.empty(config.num_attention_heads, self.head_dim, self.head_dim)
-            )
+            self.pairwise = nn.Parameter(torch.empty(config.num_attention_heads, self.head_dim, self.head_dim))
 
     def init_weights(self):
         """Starts the parameters that are not in a Linear; loaded ones are left alone."""
@@ -90,10 +87,7 @@ class SelfAttention(nn.Module):
         tensors = dict(zip(self.scheme.matrices, projected.split(self.widths, dim=-1), strict=True))
         # Under autocast a LayerNorm's result is float32 and a projection's is not; attention wants one type.
         tensors["x"] = hidden_states.to(projected.dtype)
-        heads = {
-            name: tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for name, tensor in tensors.items()
-        }
+        heads = {name: tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name, tensor in tensors.items()}
         query, key, value = (heads[role] for role in (self.scheme.query, self.scheme.key, self.scheme.value))
         if self.scheme.diagonals:
             diagonal = (self.query_diagonal * self.key_diagonal).to(query.dtype)
@@ -113,9 +107,7 @@ class SelfAttention(nn.Module):
         query, key, value = self.roles(hidden_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         context, weights = attend(
             self,
             query,

@@ -9,8 +9,8 @@ SHARED_KEY_VALUE = "shared_kv_attention"
 class OneStream:
     """Makes a cache layer keep `keys` [batch, heads, seq, head_dim] only and hand them out as `values` too.
 
-    Assigning `values` is accepted and dropped: the layers of transformers treat keys and values alike, so what
-    they do to the keys is all there is to do.
+    Assigning `values` is accepted and dropped, since transformers' layers do to them what they do to the keys. What
+    they read back from `values` to change it would be changed twice, so those methods are defined anew.
     """
 
     @property
@@ -20,6 +20,10 @@ class OneStream:
     @values.setter
     def values(self, _):
         pass
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        if self.get_seq_length() > 0:
+            self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
 
 
 class SharedKeyValueLayer(OneStream, DynamicLayer):
@@ -32,6 +36,20 @@ class SharedKeyValueLayer(OneStream, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         return self.keys, self.keys
+
+    def crop(self, tokens_to_remove: int):
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        if tokens_to_remove < 0 and self.is_initialized:
+            self.keys = self.keys[..., :tokens_to_remove, :]
+
+    def batch_repeat_interleave(self, repeats: int):
+        if self.get_seq_length() > 0:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        if self.get_seq_length() > 0:
+            self.keys = self.keys[indices]
 
 
 class StaticSharedKeyValueLayer(OneStream, StaticLayer):

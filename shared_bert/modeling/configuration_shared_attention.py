@@ -56,6 +56,7 @@ class SharedAttentionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_attention(self):
+        scheme = self.scheme
         for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
@@ -66,9 +67,7 @@ class SharedAttentionConfig(PreTrainedConfig):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field}={getattr(self, field)} must be a finite number, 0 or more")
         if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
-            raise ValueError(
-                f"attention_scale={self.attention_scale} must be a finite number above 0, or None"
-            )
+            raise ValueError(f"attention_scale={self.attention_scale} must be a finite number above 0, or None")
         if self.pairwise_init not in ("normal", "identity"):
             raise ValueError(f"pairwise_init={self.pairwise_init!r} must be 'normal' or 'identity'")
         if self.hidden_size % self.num_attention_heads:
@@ -80,8 +79,8 @@ class SharedAttentionConfig(PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        if self.num_key_value_heads != self.num_attention_heads and not self.scheme.can_group:
-            groupable = ", ".join(name for name, scheme in SCHEMES.items() if scheme.can_group)
+        if self.num_key_value_heads != self.num_attention_heads and not scheme.can_group:
+            groupable = ", ".join(name for name, row in SCHEMES.items() if row.can_group)
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} groups queries, but attention_scheme="
                 f"{self.attention_scheme!r} takes its key or value from the query's matrix or from the input, "

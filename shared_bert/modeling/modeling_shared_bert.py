@@ -101,6 +101,11 @@ class SharedBertPreTrainedModel(BertPreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": SharedBertLayer, "attentions": SelfAttention}
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for the attention interface in this file only, and finds a class named attention.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -245,9 +250,7 @@ class SharedBertClassifier(SharedBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = SharedBertModel(config, add_pooling_layer=add_pooling_layer)
-        dropout = (
-            config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        )
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, num_outputs)
         self.post_init()

@@ -50,6 +50,7 @@ class SharedGptBlock(GradientCheckpointingLayer):
         self.ln_2 = _layer_norm(config)
         self.mlp = SharedGptMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attn.output.adds_to_residual = self.mlp.c_proj.adds_to_residual = True
         self.register_load_state_dict_pre_hook(_translate_stock_names)
 
     def forward(
@@ -97,16 +98,13 @@ class SharedGptPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SelfAttention):
             module.init_weights()
-        if isinstance(module, SharedGptBlock):
+        if getattr(module, "adds_to_residual", False):
             # Every block adds to the residual stream twice; GPT-2 starts these matrices smaller to match.
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.attn.output.weight, std=std)
-            init.normal_(module.mlp.c_proj.weight, std=std)
+            init.normal_(module.weight, std=std)
 
     @staticmethod
-    def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
-    ):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
         """Gives compiled generation one mask for all layers; the default would make one per layer type."""
         return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
@@ -292,9 +290,7 @@ class SharedGptForSequenceClassification(SharedGptPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = self.score(
-            hidden_states[torch.arange(len(hidden_states)), self._last(input_ids, attention_mask)]
-        )
+        logits = self.score(hidden_states[torch.arange(len(hidden_states)), self._last(input_ids, attention_mask)])
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)

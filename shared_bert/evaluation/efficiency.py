@@ -1,0 +1,164 @@
+"""Speed and memory of a training step, beside the stock model of the same shape.
+
+Machines are shared and noisy, so the two models take turns, step by step, and the ratio of their median times is
+what counts. A step is forward, backward and an AdamW update on the same random batch.
+"""
+
+import multiprocessing
+import platform
+import re
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPT2Config
+
+from ..modeling import SharedBertConfig, SharedGptConfig
+
+MLM_PROBABILITY = 0.15
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a measured step runs on.
+
+    Args:
+        task: "mlm" (BERT-base shape) or "clm" (GPT-2-small shape).
+        batch_size, sequence_length: tokens per step are their product.
+        attention_scheme: of the shared model.
+        precision: "fp32" or "bf16" (autocast).
+        compiled: whether both models go through `torch.compile`.
+        device: "cpu" or "cuda".
+    """
+
+    task: str
+    batch_size: int
+    sequence_length: int
+    attention_scheme: str
+    precision: str = "fp32"
+    compiled: bool = False
+    device: str = "cpu"
+    model_fields: tuple[tuple[str, int], ...] = ()  # other shapes, under the names of `SharedBertConfig`
+
+
+class TrainingStep:
+    """A model with its optimiser and a batch; a call runs one step and returns the loss in nats."""
+
+    def __init__(self, settings: StepSettings, stock: bool):
+        self.settings = settings
+        torch.manual_seed(0)
+        config = (_stock_config if stock else _shared_config)(settings)
+        auto = AutoModelForMaskedLM if settings.task == "mlm" else AutoModelForCausalLM
+        self.model = auto.from_config(config, attn_implementation="sdpa").to(settings.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.batch = _batch(settings, config.vocab_size, stock)
+        self.forward = torch.compile(self.model) if settings.compiled else self.model
+
+    def __call__(self) -> float:
+        precision = PRECISIONS[self.settings.precision]
+        with torch.autocast(self.settings.device, precision, enabled=precision is not torch.float32):
+            loss = self.forward(**self.batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def _stock_config(settings: StepSettings):
+    fields = dict(settings.model_fields)
+    if settings.task == "mlm":
+        return BertConfig(**fields)
+    fields = {{"intermediate_size": "n_inner"}.get(name, name): value for name, value in fields.items()}
+    return GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields)
+
+
+def _shared_config(settings: StepSettings):
+    fields = dict(settings.model_fields)
+    if settings.task == "mlm":
+        return SharedBertConfig(attention_scheme=settings.attention_scheme, **fields)
+    # Stock GPT-2's vocabulary, activation and biases: what differs is the attention.
+    stock = {"vocab_size": 50257, "hidden_act": "gelu_new"}
+    biases = {"attention_bias": True, "mlp_bias": True, "norm_bias": True}
+    return SharedGptConfig(attention_scheme=settings.attention_scheme, **(biases | stock | fields))
+
+
+def _batch(settings: StepSettings, vocab_size: int, stock: bool) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    shape = (settings.batch_size, settings.sequence_length)
+    input_ids = torch.randint(vocab_size, shape, generator=generator)
+    batch = {"input_ids": input_ids, "labels": input_ids}
+    if settings.task == "mlm":
+        predictions = round(MLM_PROBABILITY * settings.sequence_length)
+        order = torch.rand(shape, generator=generator).argsort(dim=1)
+        batch["labels"] = input_ids.masked_fill(order >= predictions, -100)
+        if not stock:
+            batch["num_predictions"] = predictions * settings.batch_size
+    return {name: value.to(settings.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def peak_memory(settings: StepSettings, stock: bool) -> int:
+    """Bytes that building the model and two steps add at their peak, measured in a process of its own (CPU: Linux only)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory_here, (settings, stock))
+
+
+def _peak_memory_here(settings: StepSettings, stock: bool) -> int:
+    if settings.device == "cpu":
+        before = _resident_peak()
+    step = TrainingStep(settings, stock)
+    for _ in range(2):
+        step()
+    return _resident_peak() - before if settings.device == "cpu" else torch.cuda.max_memory_allocated()
+
+
+def _resident_peak() -> int:
+    # getrusage would count the parent's peak too, which Linux hands on to a new process.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+
+
+def compare_training_steps(settings: StepSettings, rounds: int = 7, warmup: int = 2) -> dict:
+    """Times a stock and a shared model in turns.
+
+    Returns:
+        The settings, median seconds per step of both, their ratio (`speedup`, above 1 where the shared model is
+        faster), the quartiles of the ratios round by round, tokens per second, and peak memory in bytes.
+    """
+    steps = {"stock": TrainingStep(settings, stock=True), "shared": TrainingStep(settings, stock=False)}
+    times = {name: [] for name in steps}
+    for round_ in range(warmup + rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()  # reads the loss back, so a GPU has finished too
+            if round_ >= warmup:
+                times[name].append(time.perf_counter() - start)
+    del steps
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    ratios = [stock / shared for stock, shared in zip(times["stock"], times["shared"], strict=True)]
+    tokens = settings.batch_size * settings.sequence_length
+    memory = {name: peak_memory(settings, stock=name == "stock") for name in times}
+    return {
+        "settings": asdict(settings),
+        "rounds": rounds,
+        "seconds_per_step": medians,
+        "speedup": medians["stock"] / medians["shared"],
+        "speedup_quartiles": statistics.quantiles(ratios, n=4) if rounds > 1 else ratios,
+        "tokens_per_second": {name: tokens / seconds for name, seconds in medians.items()},
+        "peak_memory_bytes": memory,
+        "memory_ratio": memory["shared"] / memory["stock"],
+    }
+
+
+def environment(device: str) -> dict:
+    """Names the hardware and the versions a measurement was made with."""
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    return {
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

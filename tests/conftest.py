@@ -1,0 +1,44 @@
+"""Tiny models that all tests share."""
+
+import pytest
+import torch
+
+import shared_bert
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 99,
+    "max_position_embeddings": 40,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+CONFIGS = {"bert": shared_bert.SharedBertConfig, "gpt": shared_bert.SharedGptConfig}
+LANGUAGE_MODELS = {"bert": shared_bert.SharedBertForMaskedLM, "gpt": shared_bert.SharedGptForCausalLM}
+
+
+def tiny_config(kind: str, **fields):
+    # Diagonals away from one, and pairwise matrices away from identity, so that every parameter matters.
+    return CONFIGS[kind](**(TINY | NO_DROPOUT | TOKENS | {"diagonal_init_std": 0.3} | fields))
+
+
+def tiny_model(kind: str, cls=None, **fields):
+    torch.manual_seed(0)
+    return (cls or LANGUAGE_MODELS[kind])(tiny_config(kind, **fields)).eval()
+
+
+@pytest.fixture(params=list(shared_bert.SCHEMES))
+def scheme(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["bert", "gpt"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def input_ids() -> torch.Tensor:
+    return torch.randint(3, TINY["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(0))

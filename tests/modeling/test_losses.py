@@ -1,0 +1,79 @@
+"""The sparse and the piecewise loss are the plain cross-entropy."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from shared_bert.modeling import losses
+from tests.conftest import tiny_model
+
+
+@pytest.fixture
+def labels(input_ids):
+    return input_ids.masked_fill(input_ids % 4 > 0, -100)
+
+
+@pytest.mark.parametrize("num_predictions", [None, 12, 24, 100])
+def test_sparse_head_is_the_dense_head(input_ids, labels, num_predictions):
+    model = tiny_model("bert").double()
+    logits = model(input_ids).logits
+    dense = cross_entropy(logits.flatten(0, 1), labels.flatten())
+    model.train()
+    out = model(input_ids, labels=labels, num_predictions=num_predictions)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss.double(), dense, rtol=1e-6, atol=1e-6)
+    sparse_gradients = torch.autograd.grad(out.loss, list(model.parameters()))
+    for got, expected in zip(sparse_gradients, torch.autograd.grad(dense, list(model.parameters())), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_causal_loss_is_the_shifted_cross_entropy(input_ids, labels):
+    model = tiny_model("gpt")
+    out = model(input_ids, labels=labels)
+    expected = cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    assert model.train()(input_ids, labels=labels).logits is None
+    assert model(input_ids, labels=labels, skip_logits=False).logits.shape == (2, 12, 99)
+
+
+def test_accumulated_batches_share_one_mean(kind, input_ids, labels):
+    """Two half batches, each divided by the count of both, add up to the whole batch."""
+    model = tiny_model(kind).train()
+    whole = model(input_ids, labels=labels).loss
+    predicted = labels if kind == "bert" else labels[:, 1:]
+    count = (predicted != -100).sum()
+    halves = [
+        model(i, labels=target, num_items_in_batch=count).loss
+        for i, target in zip(input_ids.split(1), labels.split(1), strict=True)
+    ]
+    torch.testing.assert_close(sum(halves), whole)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_pieces_make_the_whole(monkeypatch, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator, requires_grad=True) for shape in ((23, 8), (31, 8), (31,))]
+    hidden, weight, bias = tensors if with_bias else (*tensors[:2], None)
+    labels = torch.randint(31, (23,), generator=generator).masked_fill(torch.arange(23) % 3 == 0, -100)
+    inputs = tensors if with_bias else tensors[:2]
+    expected = cross_entropy(linear(hidden, weight, bias), labels)
+    monkeypatch.setattr(losses, "MAX_LOGITS", 31 * 5)
+    got = losses.linear_cross_entropy(hidden, weight, bias, labels)
+    torch.testing.assert_close(got, expected)
+    pairs = zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True)
+    for got_gradient, expected_gradient in pairs:
+        torch.testing.assert_close(got_gradient, expected_gradient)
+
+
+def test_nothing_to_predict_is_no_nan(kind, input_ids):
+    loss = tiny_model(kind).train()(input_ids, labels=torch.full_like(input_ids, -100)).loss
+    assert loss.item() == 0
+    loss.backward()
+
+
+def test_eval_with_labels_gives_all_logits(input_ids, labels):
+    model = tiny_model("bert")
+    out = model(input_ids, labels=labels)
+    assert out.logits.shape == (2, 12, 99)
+    torch.testing.assert_close(out.loss, cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+    assert model(input_ids, labels=labels, skip_logits=True).logits is None
