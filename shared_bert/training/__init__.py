@@ -1,0 +1,23 @@
+"""Pre-training on `transformers.Trainer`."""
+
+try:
+    from .arguments import DataArguments, ModelArguments, PretrainingArguments
+    from .checkpoints import last_checkpoint
+    from .pretraining import pretrain
+    from .recipe import parse_recipe
+    from .throughput import peak_flops, training_flops_per_token
+    from .trainer import PretrainingTrainer
+except ModuleNotFoundError as error:
+    raise ImportError(f"shared_bert.training needs {error.name}: pip install 'shared_bert[train]'") from error
+
+__all__ = [
+    "DataArguments",
+    "ModelArguments",
+    "PretrainingArguments",
+    "PretrainingTrainer",
+    "last_checkpoint",
+    "parse_recipe",
+    "peak_flops",
+    "pretrain",
+    "training_flops_per_token",
+]

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# From nothing to two small models that have read the documentation on this machine: no download but packages.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh train
+
+runs=runs/quickstart
+for model in shared_bert shared_gpt; do
+    output=$runs/$model
+    echo
+    if [ -f "$output/all_results.json" ]; then
+        echo "== $output holds a trained model: it is reused (delete the folder to train anew)"
+        continue
+    fi
+    echo "== Pre-training configs/pretrain/${model}_tiny.yaml on python-docs; results go to $output"
+    python scripts/pretrain.py "configs/pretrain/${model}_tiny.yaml" --output_dir "$output" --overwrite_output_dir
+done
+
+echo
+echo "== Loading both models back with the Auto classes"
+python scripts/try_model.py "$runs/shared_bert" \
+    "Return the [MASK] of the array along the given axis." "The first [MASK] of the function is a string."
+python scripts/try_model.py "$runs/shared_gpt" "Return the" "Parameters"
+
+echo
+echo "== Done. Loss curves beside the corpus' unigram entropy: $runs/*/loss_curve.png (numbers: loss_curve.json)"

@@ -1,0 +1,118 @@
+"""What a pre-training recipe may say: every field is a YAML key and a command-line option."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .yaml_files import load_yaml
+
+
+def _argument(default: Any, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and with which tokenizer.
+
+    Raises:
+        ValueError: a model that is named twice or not at all; a tokenizer likewise; overrides that cannot be read.
+    """
+
+    model_name_or_path: str | None = _argument(None, "A trained model to go on with; else see config_name.")
+    model_type: str | None = _argument(None, "shared_bert or shared_gpt, where config_name does not say.")
+    config_name: str | None = _argument(None, "A YAML or JSON file of config fields, for a new model.")
+    config_overrides: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Config fields that replace others: a mapping in YAML, else a=1,b=x."}
+    )
+    tokenizer_name: str | None = _argument(None, "A tokenizer on the Hub or a folder; else the model's own.")
+    tokenizer_vocab_size: int | None = _argument(None, "Train a tokenizer of this size on the training text.")
+    tokenizer_lowercase: bool = _argument(True, "Whether a WordPiece tokenizer trained here lowers case.")
+
+    def __post_init__(self):
+        if isinstance(self.config_overrides, str):
+            self.config_overrides = _read_overrides(self.config_overrides)
+        if self.model_name_or_path and (self.model_type or self.config_name):
+            raise ValueError(
+                f"model_name_or_path={self.model_name_or_path!r} names a trained model: leave out "
+                "model_type and config_name, which make a new one"
+            )
+        if not (self.model_name_or_path or self.model_type or self.config_name):
+            raise ValueError("no model is named: give model_name_or_path, config_name or model_type")
+        if self.tokenizer_name and self.tokenizer_vocab_size:
+            raise ValueError(
+                f"tokenizer_name={self.tokenizer_name!r} takes a tokenizer and tokenizer_vocab_size="
+                f"{self.tokenizer_vocab_size} trains one: give one of the two"
+            )
+        if not (self.tokenizer_name or self.tokenizer_vocab_size or self.model_name_or_path):
+            raise ValueError("no tokenizer is named: give tokenizer_name, or tokenizer_vocab_size to train one")
+
+
+def _read_overrides(text: str) -> dict[str, Any]:
+    """Reads "a=1,b=x" as YAML would read the values."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"config_overrides={text!r}: {name!r} has no value; write it as a=1,b=x")
+    return {name.strip(): load_yaml(value) for name, _, value in pairs}
+
+
+@dataclass
+class DataArguments:
+    """Which text, and how it becomes blocks of tokens; see `shared_bert.data`.
+
+    Raises:
+        ValueError: a share of masked tokens that is not above 0 and at most 1.
+    """
+
+    dataset_name: str | None = _argument(None, "A data set of the Hub, or the built-in python-docs.")
+    dataset_config_name: str | None = _argument(None, "The data set's configuration.")
+    train_file: str | None = _argument(None, "A local .txt, .jsonl, .json or .parquet file, a folder or a glob.")
+    validation_file: str | None = _argument(None, "The same, to evaluate on.")
+    text_column: str = _argument("text", "The column that holds the text.")
+    sample_by: str = _argument("document", "What is a document in a text file: a line, a paragraph or the whole.")
+    streaming: bool = _argument(False, "Read the text while training. Needs max_steps.")
+    validation_split: float = _argument(0.02, "Share of the training text to evaluate on, where there is no split.")
+    max_train_samples: int | None = _argument(None, "Train on no more documents than this.")
+    max_eval_samples: int | None = _argument(None, "Evaluate on no more documents than this.")
+    preprocessing_num_workers: int | None = _argument(None, "Processes that tokenize.")
+    block_size: int = _argument(512, "Tokens per row.")
+    separate_documents: bool = _argument(True, "Keep the documents that share a row from seeing one another.")
+    mlm_probability: float = _argument(0.15, "Share of the tokens that a masked model predicts.")
+    whole_word_mask: bool = _argument(False, "Mask all pieces of a word together.")
+
+    def __post_init__(self):
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(f"mlm_probability={self.mlm_probability} must be above 0 and at most 1")
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for pre-training.
+
+    Raises:
+        ValueError: no output_dir; one that is to be resumed and overwritten at once.
+    """
+
+    overwrite_output_dir: bool = _argument(False, "Replace the run that output_dir holds.")
+    learning_rate: float = _argument(1e-4, "The peak learning rate.")
+    weight_decay: float = _argument(0.01, "Decay of tensors of two or more dimensions.")
+    # The collators read columns (row, epoch) that the model does not take.
+    remove_unused_columns: bool = _argument(False, "Drop what the model does not take before collation.")
+    # Every parameter of these models takes part in every step; searching for others costs time.
+    ddp_find_unused_parameters: bool | None = _argument(False, "Search for parameters without a gradient.")
+    # The other processes wait this long while the first one tokenizes.
+    ddp_timeout: int = _argument(6 * 3600, "Seconds that processes wait for one another.")
+    # Collated batches hold plain numbers beside tensors, which one process cannot cut up for the others.
+    accelerator_config: dict | str | None = field(
+        default_factory=lambda: {"dispatch_batches": False}, metadata={"help": "Of accelerate: a dict or a JSON file."}
+    )
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("output_dir is not given: name the folder for checkpoints and the model")
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError("resume_from_checkpoint goes on with a run and overwrite_output_dir replaces it")
+        super().__post_init__()
+        self.dataloader_pin_memory &= self.device.type != "cpu"

@@ -1,0 +1,109 @@
+"""Which checkpoint of a run can be trusted, and whether an output folder is free."""
+
+import json
+import logging
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+logger = logging.getLogger(__name__)
+
+# A checkpoint is written in here and moved out when it is whole. Trainer's pushes to the Hub leave out `_*`.
+UNFINISHED = "_unfinished"
+_NEEDED = ("trainer_state.json", "*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
+
+
+def checkpoint_damage(folder: str | Path) -> str | None:
+    """Says what keeps training from going on from `folder`, or None. Reads headers and ends, unpickles nothing."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "there is no such folder"
+    for pattern in _NEEDED:
+        if not any(folder.glob(pattern)):
+            return f"{pattern} is missing"
+    return next(_damaged_files(folder), None)
+
+
+def _damaged_files(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.suffix == ".json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if path.name.endswith(".safetensors.index.json"):
+                    for shard in sorted(set(content["weight_map"].values())):
+                        if not (folder / shard).is_file():
+                            yield f"{shard} is missing"
+            elif path.suffix == ".safetensors":
+                # The header says how long the file must be.
+                with safe_open(path, framework="numpy"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                # torch.save writes a zip archive, whose table of contents comes last.
+                zipfile.ZipFile(path).close()
+        except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            yield f"{path.name} is damaged ({error})"
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Lists the checkpoint folders of a run, oldest step first."""
+    folders = (path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit())
+    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def last_checkpoint(output_dir: str | Path) -> str:
+    """Finds the newest whole checkpoint of a run; warns of each newer one that is passed over.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for folder in reversed(checkpoints(output_dir)):
+        damage = checkpoint_damage(folder)
+        if damage is None:
+            return str(folder)
+        logger.warning("%s is passed over: %s", folder, damage)
+    raise ValueError(f"output_dir={str(output_dir)!r} holds no whole checkpoint to resume from")
+
+
+def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | None, overwrite: bool) -> str | None:
+    """Finds the checkpoint a run starts from; None for a new run, for which `output_dir` must be free.
+
+    Args:
+        resume_from_checkpoint: true for the newest whole checkpoint of `output_dir`, else a checkpoint's folder.
+        overwrite: whether `output_dir` may hold another run.
+
+    Raises:
+        ValueError: there is nothing to resume, a checkpoint is damaged, or the folder holds another run.
+    """
+    wish = str(resume_from_checkpoint or False)
+    if wish.lower() == "true":
+        return last_checkpoint(output_dir)
+    if wish.lower() != "false":
+        if damage := checkpoint_damage(wish):
+            raise ValueError(f"resume_from_checkpoint={wish!r} cannot be resumed: {damage}")
+        return wish
+    if not overwrite and (found := _run_files(output_dir)):
+        raise ValueError(
+            f"output_dir={output_dir!r} holds another run ({found[0].name}): go on with it by "
+            "resume_from_checkpoint=true, replace it by overwrite_output_dir=true, or name another folder"
+        )
+    return None
+
+
+def remove_run(output_dir: str):
+    """Deletes what `Trainer` and `pretrain` left in a folder; other files stay."""
+    for path in _run_files(output_dir):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _run_files(output_dir: str) -> list[Path]:
+    weights_and_state = (
+        path for name in ("*.safetensors", "trainer_state.json") for path in Path(output_dir).glob(name)
+    )
+    unfinished = Path(output_dir, UNFINISHED)
+    return [*checkpoints(output_dir), *sorted(weights_and_state), *([unfinished] if unfinished.exists() else [])]

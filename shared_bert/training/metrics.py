@@ -1,0 +1,27 @@
+"""How often the likeliest token is the right one."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from ..modeling.losses import IGNORED
+
+
+def likeliest_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Reduces logits [batch, seq, vocabulary] to tokens [batch, seq] before they are gathered and kept."""
+    return logits.argmax(dim=-1)
+
+
+def accuracy_of(objective: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Makes the metric of masked ("mlm") or next ("clm") tokens: `accuracy`, over positions with a label."""
+
+    def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+        tokens, labels = prediction.predictions, prediction.label_ids
+        if objective == "clm":
+            tokens, labels = tokens[:, :-1], labels[:, 1:]
+        counted = labels != IGNORED
+        return {"accuracy": float(np.mean(tokens[counted] == labels[counted]))}
+
+    return accuracy

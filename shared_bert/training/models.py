@@ -1,0 +1,48 @@
+"""The model that the arguments describe: its config's fields, its kind, and itself."""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+
+import shared_bert  # noqa: F401 (registers the models with the Auto classes)
+
+from .arguments import ModelArguments
+from .yaml_files import check_keys, load_mapping
+
+# What each model type is trained to do: masked or causal language modelling.
+OBJECTIVES = {"shared_bert": "mlm", "shared_gpt": "clm"}
+_AUTO_CLASSES = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
+
+
+def config_fields(arguments: ModelArguments) -> dict[str, Any]:
+    """Collects what is stated of the config: `model_type` and fields, overrides last.
+
+    Raises:
+        ValueError: a model type that cannot be pre-trained, two that differ, or a field that its config lacks.
+    """
+    if arguments.model_name_or_path:
+        stated = AutoConfig.from_pretrained(arguments.model_name_or_path).to_dict()
+    else:
+        stated = load_mapping(arguments.config_name) if arguments.config_name else {}
+    source = arguments.model_name_or_path or arguments.config_name
+    model_type = stated.setdefault("model_type", arguments.model_type)
+    if model_type not in OBJECTIVES:
+        raise ValueError(f"model_type={model_type!r} of {source} must be one of {', '.join(OBJECTIVES)}")
+    if arguments.model_type not in (None, model_type):
+        raise ValueError(f"model_type={arguments.model_type!r}, but {source} describes a {model_type}")
+    overrides = arguments.config_overrides or {}
+    valid = {field.name for field in fields(type(AutoConfig.for_model(model_type)))}
+    if not arguments.model_name_or_path:
+        check_keys(stated, valid | {"model_type"}, source)
+    check_keys(overrides, valid, "config_overrides")
+    return {**stated, **overrides}
+
+
+def make_model(config: PreTrainedConfig, model_name_or_path: str | None = None) -> PreTrainedModel:
+    """Makes a new model of `config`, or loads a trained one, with its head and with float32 weights."""
+    auto_class = _AUTO_CLASSES[OBJECTIVES[config.model_type]]
+    if model_name_or_path is None:
+        return auto_class.from_config(config, dtype=torch.float32)
+    return auto_class.from_pretrained(model_name_or_path, config=config, dtype=torch.float32)

@@ -1,0 +1,188 @@
+"""Pre-training, from text to a saved model."""
+
+import math
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+
+from ..data import (
+    Blocks,
+    CausalLanguageModelingCollator,
+    MaskedLanguageModelingCollator,
+    StreamedBlocks,
+    check_tokenizer,
+    corpus_statistics,
+    load_documents,
+    load_tokenizer,
+    pack,
+    train_tokenizer,
+)
+from .arguments import DataArguments, ModelArguments, PretrainingArguments
+from .checkpoints import checkpoint_to_resume, remove_run
+from .loss_curve import save_loss_curve
+from .metrics import accuracy_of, likeliest_tokens
+from .models import OBJECTIVES, config_fields, make_model
+from .trainer import PretrainingTrainer
+
+_TOKENIZER_KINDS = {"mlm": "wordpiece", "clm": "byte_bpe"}
+
+
+def pretrain(
+    model_args: ModelArguments, data_args: DataArguments, training_args: PretrainingArguments
+) -> dict[str, float]:
+    """Trains a masked or causal language model, as its type asks, and saves it with its tokenizer.
+
+    `output_dir` gets the model, the tokenizer, the checkpoints, Trainer's metrics and state, `loss_curve.json` and
+    `loss_curve.png`. Several processes, on one machine or more, share that folder and the cache of data sets.
+
+    Returns:
+        The metrics of training and of the final evaluation.
+
+    Raises:
+        ValueError: arguments that contradict one another or the files they name; before any training.
+    """
+    checkpoint = checkpoint_to_resume(
+        training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
+    )
+    stated = config_fields(model_args)
+    objective = OBJECTIVES[stated["model_type"]]
+    _check_arguments(stated, model_args, data_args, training_args)
+    tokenizer_path = checkpoint or model_args.tokenizer_name
+    if not (tokenizer_path or model_args.tokenizer_vocab_size):
+        tokenizer_path = model_args.model_name_or_path
+    if tokenizer_path:
+        _fit_config(stated, load_tokenizer(tokenizer_path), objective)
+
+    is_main = training_args.process_index == 0
+    # The first process reads, trains the tokenizer and packs; the others find the results on disk.
+    with training_args.main_process_first(local=False, desc="preparing the data"):
+        if is_main and not checkpoint:
+            remove_run(training_args.output_dir)
+        documents = _load_documents(data_args, training_args.seed)
+        if not tokenizer_path:
+            tokenizer_path = training_args.output_dir
+            if is_main:
+                train_tokenizer(
+                    _TOKENIZER_KINDS[objective],
+                    documents["train"],
+                    model_args.tokenizer_vocab_size,
+                    model_max_length=data_args.block_size,
+                    lowercase=model_args.tokenizer_lowercase,
+                ).save_pretrained(tokenizer_path)
+        tokenizer = load_tokenizer(tokenizer_path)
+        blocks = {
+            split: pack(
+                part,
+                tokenizer,
+                data_args.block_size,
+                data_args.separate_documents,
+                num_proc=data_args.preprocessing_num_workers,
+            )
+            for split, part in documents.items()
+        }
+
+    set_seed(training_args.seed)
+    config = _fit_config(stated, tokenizer, objective)
+    model = make_model(config, model_args.model_name_or_path)
+    statistics = None if data_args.streaming else corpus_statistics(blocks["train"], tokenizer.all_special_ids)
+    if is_main:
+        print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
+        if statistics:
+            print(
+                f"training text: {statistics.num_blocks:,} blocks, {statistics.num_tokens:,} tokens, "
+                f"unigram entropy {statistics.unigram_entropy:.3f} nats"
+            )
+
+    trainer = PretrainingTrainer(
+        model=model,
+        args=training_args,
+        data_collator=_collator(objective, tokenizer, data_args, training_args.seed),
+        train_dataset=_EndlessBlocks(blocks["train"]) if data_args.streaming else Blocks(blocks["train"]),
+        eval_dataset=StreamedBlocks(blocks["validation"]) if data_args.streaming else Blocks(blocks["validation"]),
+        processing_class=tokenizer,
+        compute_metrics=accuracy_of(objective),
+        preprocess_logits_for_metrics=likeliest_tokens,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    evaluation = trainer.evaluate()
+    trainer.save_metrics("eval", evaluation)
+    trainer.save_state()
+    if is_main:
+        save_loss_curve(training_args.output_dir, trainer.state.log_history, statistics and statistics.unigram_entropy)
+    return {**metrics, **evaluation}
+
+
+def _check_arguments(
+    stated: dict[str, Any], model_args: ModelArguments, data_args: DataArguments, training_args: PretrainingArguments
+):
+    if data_args.streaming and training_args.max_steps <= 0:
+        raise ValueError(f"streaming=true has no end: max_steps={training_args.max_steps} must be above 0")
+    if data_args.streaming and training_args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"streaming=true is read by one worker: dataloader_num_workers={training_args.dataloader_num_workers} "
+            "must be 0 or 1"
+        )
+    config = AutoConfig.for_model(**stated)
+    if data_args.block_size > config.max_position_embeddings:
+        raise ValueError(
+            f"block_size={data_args.block_size} is more than the model's "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    trained_size = model_args.tokenizer_vocab_size
+    if trained_size and trained_size > stated.get("vocab_size", math.inf):
+        raise ValueError(f"tokenizer_vocab_size={trained_size} is more than the model's {stated['vocab_size']=}")
+
+
+def _fit_config(stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase, objective: str) -> PreTrainedConfig:
+    """Makes the config for a tokenizer: its special tokens and, where none is stated, its size up to a multiple of 64.
+
+    Raises:
+        ValueError: a tokenizer that lacks special tokens of `objective`, or has more tokens than the model.
+    """
+    check_tokenizer(tokenizer, objective)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = AutoConfig.for_model(**{"vocab_size": math.ceil(len(tokenizer) / 64) * 64, **stated, **ids})
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
+    return config
+
+
+def _load_documents(arguments: DataArguments, seed: int) -> dict[str, Any]:
+    return load_documents(
+        dataset_name=arguments.dataset_name,
+        dataset_config_name=arguments.dataset_config_name,
+        train_file=arguments.train_file,
+        validation_file=arguments.validation_file,
+        text_column=arguments.text_column,
+        sample_by=arguments.sample_by,
+        streaming=arguments.streaming,
+        validation_split=arguments.validation_split,
+        max_train_samples=arguments.max_train_samples,
+        max_eval_samples=arguments.max_eval_samples,
+        seed=seed,
+    )
+
+
+def _collator(objective: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, seed: int):
+    if objective == "clm":
+        return CausalLanguageModelingCollator(arguments.separate_documents)
+    return MaskedLanguageModelingCollator(
+        tokenizer, arguments.mlm_probability, arguments.whole_word_mask, seed, arguments.separate_documents
+    )
+
+
+class _EndlessBlocks(torch.utils.data.IterableDataset):
+    """A stream that begins anew where it ends: one epoch for Trainer, which cannot resume in a later one."""
+
+    def __init__(self, dataset):
+        self.blocks = StreamedBlocks(dataset)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for epoch in count():
+            self.blocks.set_epoch(epoch)
+            yield from self.blocks

@@ -1,0 +1,62 @@
+"""Recipes: YAML files of arguments, and the command line that overrides them."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from .arguments import DataArguments, ModelArguments, PretrainingArguments
+from .yaml_files import check_keys, load_mapping
+
+_DATACLASSES = (ModelArguments, DataArguments, PretrainingArguments)
+
+
+class _Parser(HfArgumentParser):
+    """Raises where argparse would print its usage and exit."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
+    """Reads `[RECIPE.yaml] [--option value ...]` into the arguments of `pretrain`.
+
+    Options override the recipe, except that `config_overrides` of both are merged. A `config_name` in the recipe
+    is looked for in the current folder first, then beside the recipe.
+
+    Args:
+        arguments: of the command line, without the program's name.
+
+    Raises:
+        ValueError: a key or option that no field has, or a value of the wrong type.
+    """
+    parser = _Parser(_DATACLASSES, allow_abbrev=False)
+    valid = {field.name for dataclass in _DATACLASSES for field in fields(dataclass)}
+    recipe = {}
+    if arguments and not arguments[0].startswith("-"):
+        recipe_path, *arguments = arguments
+        recipe = load_mapping(recipe_path)
+        check_keys(recipe, valid, recipe_path)
+        _find_config(recipe, Path(recipe_path).parent)
+        # As strings, numbers pass through the same checks as on the command line.
+        parser.set_defaults(**{k: str(v) if type(v) in (int, float) else v for k, v in recipe.items()})
+    model_args, data_args, training_args, rest = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        check_keys([rest[0].partition("=")[0].lstrip("-").replace("-", "_")], valid, "command line")
+        raise ValueError(f"command line: {rest[0]!r} is not an option; write --name value")
+    model_args.config_overrides = {**(recipe.get("config_overrides") or {}), **(model_args.config_overrides or {})}
+    return model_args, data_args, training_args
+
+
+def _find_config(recipe: dict[str, Any], folder: Path):
+    """Makes a recipe's `config_name` a path that exists."""
+    if name := recipe.get("config_name"):
+        candidates = (Path(name), folder / name)
+        found = [path for path in candidates if path.is_file()]
+        if not found:
+            raise ValueError(f"config_name={name!r}: there is neither {candidates[0]} nor {candidates[1]}")
+        recipe["config_name"] = str(found[0])

@@ -1,0 +1,80 @@
+"""Every YAML file in configs/ says only what is understood, and builds what it describes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import AutoConfig
+
+from shared_bert.training import ModelArguments, parse_recipe
+from shared_bert.training.models import config_fields, make_model
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def files(folder):
+    paths = sorted((CONFIGS / folder).glob("*.yaml"))
+    assert paths
+    return [pytest.param(path, id=path.stem) for path in paths]
+
+
+def build(model_args):
+    config = AutoConfig.for_model(**config_fields(model_args))
+    with torch.device("meta"):
+        return make_model(config)
+
+
+@pytest.mark.parametrize("path", files("models"))
+def test_models_build(path):
+    build(ModelArguments(config_name=str(path), tokenizer_vocab_size=1000))
+
+
+@pytest.mark.parametrize("path", files("pretrain"))
+def test_pretraining_recipes_parse_and_build(path):
+    model_args, data_args, training_args = parse_recipe([str(path), "--use_cpu"])
+    model = build(model_args)
+    assert data_args.block_size <= model.config.max_position_embeddings
+    assert training_args.output_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", files("accelerate"))
+def test_accelerate_files_load(path):
+    config = load_config_from_file(str(path))
+    processes = {"one_gpu": 1, "ddp_4xh100": 4, "ddp_2x8xh100": 16, "fsdp2_8xh100": 8, "ddp_2cpu": 2, "fsdp2_2cpu": 2}
+    assert config.num_processes == processes[path.stem]
+    assert (config.distributed_type == DistributedType.FSDP) == path.stem.startswith("fsdp2")
+    assert config.use_cpu == path.stem.endswith("cpu")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "devices", "tokens"),
+    [
+        ("shared_bert_base", 4, 132 * 4 * 512),
+        ("pairwise_bert_base", 4, 256 * 512),
+        ("pairwise_bert_small", 4, 256 * 512),
+        ("gpt_small_standard", 4, 491_520),
+        ("gpt_small_query_free", 4, 491_520),
+        ("gpt_small_query_free_wide", 4, 491_520),
+    ],
+)
+def test_tokens_per_step_are_the_papers(recipe, devices, tokens):
+    _, data, training = parse_recipe([str(CONFIGS / "pretrain" / f"{recipe}.yaml"), "--use_cpu"])
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * devices
+    assert rows * data.block_size == tokens
+
+
+@pytest.mark.parametrize(
+    ("recipe", "millions"),
+    [("gpt_small_standard", 84.95), ("gpt_small_query_free", 77.88), ("gpt_small_query_free_wide", 84.95)],
+)
+def test_gpt_small_has_the_papers_parameters(recipe, millions):
+    model = build(parse_recipe([str(CONFIGS / "pretrain" / f"{recipe}.yaml"), "--use_cpu"])[0])
+    parameters = sum(p.numel() for name, p in model.named_parameters() if "wte" not in name and "wpe" not in name)
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def test_shared_bert_base_has_the_papers_parameters():
+    model = build(parse_recipe([str(CONFIGS / "pretrain" / "shared_bert_base.yaml"), "--use_cpu"])[0])
+    assert model.num_parameters() == 95_367_738

@@ -1,0 +1,78 @@
+"""The README says what is so: its code runs, its files exist, its counts are the models'."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import shared_bert
+from tests.conftest import tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def quickstart_folder(tmp_path_factory):
+    """A folder that looks as after the quickstart, with untrained models."""
+    from datasets import Dataset
+
+    from shared_bert.data import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("readme")
+    documents = Dataset.from_dict({"text": ["Return the mean of the array, and nothing else."] * 20})
+    for kind, tokenizer_kind in (("bert", "wordpiece"), ("gpt", "byte_bpe")):
+        tokenizer = train_tokenizer(tokenizer_kind, documents, vocab_size=300, model_max_length=40)
+        model = tiny_model(kind, vocab_size=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+        for part in (model, tokenizer):
+            part.save_pretrained(folder / "runs" / "quickstart" / f"shared_{kind}")
+    return folder
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_code_runs(code, quickstart_folder, monkeypatch, capsys):
+    monkeypatch.chdir(quickstart_folder)
+    exec(code, {})
+
+
+def test_commands_name_files_that_exist():
+    words = [word for block in blocks("bash") for word in shlex.split(block)]
+    files = [word for word in words if re.match(r"(scripts|configs)/", word)]
+    assert "scripts/quickstart.sh" in files
+    assert all((ROOT / file).is_file() for file in files)
+
+
+def test_options_of_commands_are_valid(monkeypatch):
+    from shared_bert.training import parse_recipe
+
+    monkeypatch.chdir(ROOT)
+    commands = [line for block in blocks("bash") for line in block.splitlines() if "scripts/pretrain.py" in line]
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command)
+        parse_recipe([*arguments[arguments.index("scripts/pretrain.py") + 1 :], "--use_cpu", "true", "--bf16", "false"])
+
+
+def test_every_recipe_is_listed():
+    for recipe in (ROOT / "configs" / "pretrain").glob("*.yaml"):
+        assert f"`{recipe.name}`" in README
+
+
+def test_counts_of_the_scheme_table():
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| ([\d,]+) \|", README, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == list(shared_bert.SCHEMES)
+    for name, count in rows:
+        with torch.device("meta"):
+            model = shared_bert.SharedBertForMaskedLM(shared_bert.SharedBertConfig(attention_scheme=name))
+        assert model.num_parameters() == int(count.replace(",", ""))
+
+
+def test_roles_of_the_scheme_table():
+    for name, scheme in shared_bert.SCHEMES.items():
+        assert f"| `{name}` | {scheme.query} | {scheme.key} | {scheme.value} |" in README

@@ -1,0 +1,78 @@
+"""Tiny pre-training runs for the tests: text, arguments, and runs in processes of their own."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "pretrain.py"
+SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+
+
+def write_text(path: Path, num_documents: int = 120) -> Path:
+    """Sentences in which the next word depends on the last, so that there is something to learn."""
+    generator = random.Random(0)
+    nouns = ["fox", "dog", "owl", "cat", "hen", "cow", "pig", "rat"]
+    verbs = {"fox": "hunts", "dog": "barks", "owl": "sees", "cat": "naps", "hen": "lays"}
+    lines = []
+    for _ in range(num_documents):
+        chosen = [generator.choice(nouns) for _ in range(20)]
+        lines.append(" ".join(f"the {noun} {verbs.get(noun, 'stands')} ." for noun in chosen))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def recipe(folder: Path, model_type: str = "shared_bert", **changes) -> dict:
+    """The keys of a run of ten steps in about a second, in `folder`."""
+    return {
+        "model_type": model_type,
+        "config_overrides": dict(SHAPE),
+        "tokenizer_vocab_size": 320,
+        "train_file": str(write_text(folder / "text.txt")),
+        "sample_by": "line",
+        "validation_split": 0.1,
+        "block_size": 32,
+        "output_dir": str(folder / "run"),
+        "max_steps": 10,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 5,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **changes,
+    }
+
+
+def write_recipe(folder: Path, **changes) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(folder, **changes)), encoding="utf-8")
+    return path
+
+
+def run(*command, **environment) -> subprocess.CompletedProcess:
+    """Runs `python *command` in a process of its own, from a cache in which nothing is."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    """The training loss after each step."""
+    curve = json.loads(Path(output_dir, "loss_curve.json").read_text())
+    return {point["step"]: point["loss"] for point in curve["train"]}

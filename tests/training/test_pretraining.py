@@ -1,0 +1,155 @@
+"""Whole runs in this process: what is trained, logged and saved, and what is refused before."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
+
+from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain
+from shared_bert.training.trainer import PretrainingTrainer
+
+from .runs import SHAPE, recipe
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::FutureWarning"),
+    pytest.mark.filterwarnings("error::DeprecationWarning:transformers"),
+]
+
+
+def run_here(folder, **changes):
+    keys = recipe(folder, **changes)
+    arguments = []
+    for dataclass in (ModelArguments, DataArguments, PretrainingArguments):
+        own = {name: keys.pop(name) for name in list(keys) if name in dataclass.__dataclass_fields__}
+        arguments.append(dataclass(**own))
+    assert not keys
+    return pretrain(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_class"), [("shared_bert", AutoModelForMaskedLM), ("shared_gpt", AutoModelForCausalLM)]
+)
+def test_a_run_learns_and_saves(tmp_path, capsys, model_type, auto_class):
+    metrics = run_here(
+        tmp_path, model_type=model_type, max_steps=60, learning_rate=1e-2, eval_strategy="steps", eval_steps=30
+    )
+    output_dir = tmp_path / "run"
+
+    curve = json.loads((output_dir / "loss_curve.json").read_text())
+    assert len(curve["train"]) == 60
+    assert curve["evaluation"][-1]["loss"] == metrics["eval_loss"] < curve["unigram_entropy"]
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+    assert 0.2 < metrics["eval_accuracy"] <= 1
+    for name in ("loss_curve.png", "train_results.json", "eval_results.json", "trainer_state.json"):
+        assert (output_dir / name).stat().st_size
+    log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"][0]
+    assert log["tokens_per_second"] > 0
+    assert log["mfu"] > 0
+    printed = capsys.readouterr().out
+    assert "parameters" in printed
+    assert "unigram entropy" in printed
+
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    model = auto_class.from_pretrained(output_dir)
+    assert model.config.vocab_size % 64 == 0
+    assert 0 <= model.config.vocab_size - len(tokenizer) < 64
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert model(**tokenizer("the fox hunts", return_tensors="pt")).logits.shape[-1] == model.config.vocab_size
+
+
+def test_a_trained_model_goes_on(tmp_path):
+    run_here(tmp_path, max_steps=40, learning_rate=1e-2)
+    first = json.loads((tmp_path / "run" / "loss_curve.json").read_text())["train"]
+    trained = {"model_name_or_path": str(tmp_path / "run"), "output_dir": str(tmp_path / "second")}
+    unset = {"model_type": None, "config_overrides": None, "tokenizer_vocab_size": None}
+    second = run_here(tmp_path, max_steps=1, **trained, **unset)
+    assert second["train_loss"] < first[0]["loss"] - 0.5
+
+
+def test_a_run_is_overwritten_only_when_asked(tmp_path):
+    run_here(tmp_path, max_steps=1)
+    (tmp_path / "run" / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match="holds another run"):
+        run_here(tmp_path)
+    run_here(tmp_path, max_steps=2, overwrite_output_dir=True)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_streaming_goes_round_a_short_text(tmp_path):
+    metrics = run_here(tmp_path, streaming=True, max_steps=30, per_device_train_batch_size=32)
+    assert metrics["epoch"] == 1.0
+    assert "eval_perplexity" in metrics
+    assert json.loads((tmp_path / "run" / "loss_curve.json").read_text())["unigram_entropy"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"streaming": True, "max_steps": -1}, "streaming.*max_steps=-1"),
+        ({"streaming": True, "dataloader_num_workers": 2}, "dataloader_num_workers=2"),
+        ({"block_size": 33}, "block_size=33.*max_position_embeddings=32"),
+        ({"config_overrides": {**SHAPE, "vocab_size": 200}}, "tokenizer_vocab_size=320.*200"),
+        ({"resume_from_checkpoint": "true"}, "no whole checkpoint"),
+    ],
+)
+def test_bad_arguments_cost_nothing(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_here(tmp_path, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_too_large_is_refused(tmp_path):
+    run_here(tmp_path, max_steps=1)
+    size = len(AutoTokenizer.from_pretrained(tmp_path / "run"))
+    with pytest.raises(ValueError, match=f"tokenizer has {size} tokens.*vocab_size=64"):
+        run_here(
+            tmp_path,
+            tokenizer_vocab_size=None,
+            tokenizer_name=str(tmp_path / "run"),
+            config_overrides={**SHAPE, "vocab_size": 64},
+            output_dir=str(tmp_path / "other"),
+        )
+
+
+def test_decay_spares_diagonals_biases_and_norms(tmp_path, monkeypatch):
+    groups = {}
+
+    class Groups(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            for group in optimizer.param_groups:
+                groups[group["weight_decay"]] = {names[id(parameter)]: parameter for parameter in group["params"]}
+
+    plain_init = PretrainingTrainer.__init__
+    monkeypatch.setattr(
+        PretrainingTrainer,
+        "__init__",
+        lambda self, **kwargs: plain_init(self, callbacks=[Groups()], **kwargs),
+    )
+    run_here(tmp_path, max_steps=1, weight_decay=0.1)
+    assert all(parameter.ndim >= 2 for parameter in groups[0.1].values())
+    assert all(parameter.ndim == 1 for parameter in groups[0.0].values())
+    assert any("diagonal" in name for name in groups[0.0])
+
+
+def test_checkpoints_rotate_and_the_best_is_loaded(tmp_path):
+    run_here(
+        tmp_path, save_steps=2, eval_steps=2, eval_strategy="steps", save_total_limit=2, load_best_model_at_end=True,
+        learning_rate=0.02, lr_scheduler_type="constant",
+    )  # fmt: skip
+    output_dir = tmp_path / "run"
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert best.parent == output_dir
+    assert best.is_dir()
+    folders = sorted(path.name for path in output_dir.iterdir() if path.is_dir())
+    assert folders == sorted({best.name, "checkpoint-10", *folders[:2]})
+    assert len(folders) == 2
+    inner = json.loads((best / "trainer_state.json").read_text())
+    assert inner["best_model_checkpoint"] == str(best)
+    saved = AutoModelForMaskedLM.from_pretrained(output_dir).state_dict()
+    for name, tensor in AutoModelForMaskedLM.from_pretrained(best).state_dict().items():
+        assert torch.equal(saved[name], tensor)
