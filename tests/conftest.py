@@ -5,6 +5,9 @@ import torch
 
 import shared_bert
 
+# Threads cost tiny models more than they give.
+torch.set_num_threads(1)
+
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

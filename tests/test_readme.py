@@ -56,7 +56,9 @@ def test_options_of_commands_are_valid(monkeypatch):
     assert commands
     for command in commands:
         arguments = shlex.split(command)
-        parse_recipe([*arguments[arguments.index("scripts/pretrain.py") + 1 :], "--use_cpu", "true", "--bf16", "false"])
+        parse_recipe(
+            [*arguments[arguments.index("scripts/pretrain.py") + 1 :], "--use_cpu", "true", "--bf16", "false"]
+        )
 
 
 def test_every_recipe_is_listed():

@@ -43,6 +43,7 @@ def pretrain(
 
     Raises:
         ValueError: arguments that contradict one another or the files they name; before any training.
+        FileNotFoundError: text that is not there.
     """
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
@@ -59,8 +60,6 @@ def pretrain(
     is_main = training_args.process_index == 0
     # The first process reads, trains the tokenizer and packs; the others find the results on disk.
     with training_args.main_process_first(local=False, desc="preparing the data"):
-        if is_main and not checkpoint:
-            remove_run(training_args.output_dir)
         documents = _load_documents(data_args, training_args.seed)
         if not tokenizer_path:
             tokenizer_path = training_args.output_dir
@@ -87,6 +86,8 @@ def pretrain(
     set_seed(training_args.seed)
     config = _fit_config(stated, tokenizer, objective)
     model = make_model(config, model_args.model_name_or_path)
+    if is_main and training_args.overwrite_output_dir:
+        remove_run(training_args.output_dir)
     statistics = None if data_args.streaming else corpus_statistics(blocks["train"], tokenizer.all_special_ids)
     if is_main:
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters")

@@ -18,19 +18,14 @@ from .throughput import peak_flops, training_flops_per_token
 
 
 class _EpochSetter(TrainerCallback):
-    """Tells the data set and the sampler which epoch begins.
+    """Tells the data set which epoch begins: in runs of several processes, accelerate tells the sampler only.
 
-    Accelerate does not reach the data set in runs of several processes, nor the sampler where such a run is
-    resumed within an epoch: the order and the masks would be those of epoch 0.
+    Without it the masks of every epoch would be the first one's.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        sampler = train_dataloader.batch_sampler
-        while hasattr(sampler, "batch_sampler"):
-            sampler = sampler.batch_sampler
-        for reader in (train_dataloader.dataset, getattr(sampler, "sampler", None)):
-            if hasattr(reader, "set_epoch"):
-                reader.set_epoch(int(state.epoch))
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
 class PretrainingTrainer(Trainer):

@@ -66,6 +66,7 @@ def test_two_processes_train_as_one(tmp_path, launcher, model_type):
     # Resumed in the middle of an epoch that is not the first.
     shutil.rmtree(output_dir / "checkpoint-10")
     epoch = json.loads((output_dir / "checkpoint-5" / "trainer_state.json").read_text())["epoch"]
-    assert 1 < epoch < 2
+    assert epoch > 1
+    assert epoch % 1
     launch(launcher, path, "--resume_from_checkpoint", "true")
     assert losses(output_dir) == curve

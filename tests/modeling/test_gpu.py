@@ -1,0 +1,59 @@
+"""What only a GPU can show: its attention kernels agree with the literal one, packed and padded."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from tests.conftest import tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+FLASH = "flash_attention_2"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", FLASH])
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_agree_with_eager(kind, scheme, implementation, packed):
+    if implementation == FLASH and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    model = tiny_model(kind, attention_scheme=scheme, hidden_size=128, max_position_embeddings=128)
+    input_ids = torch.randint(3, 99, (3, 96), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([96, 64, 33])[:, None]
+    inside = torch.arange(96)[None] < lengths
+    if packed:
+        inputs = {"document_ids": torch.where(inside, torch.arange(96)[None] // 29, -1)}
+    else:
+        inputs = {"attention_mask": inside.long()}
+
+    def logits(device, dtype, implementation):
+        model.to(device, dtype).set_attn_implementation(implementation)
+        with torch.no_grad():
+            out = model(input_ids.to(device), **{name: value.to(device) for name, value in inputs.items()})
+        return out.logits.float().cpu()[inside]
+
+    expected = logits("cpu", torch.float32, "eager")
+    # bfloat16 keeps 8 bits; the logits of these models are below 1.
+    torch.testing.assert_close(logits("cuda", torch.bfloat16, implementation), expected, rtol=0.05, atol=0.03)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_in_bfloat16_learns(kind, compiled):
+    model = tiny_model(kind).cuda().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    input_ids = torch.randint(3, 99, (8, 32), generator=torch.Generator().manual_seed(0)).cuda()
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+    inputs = {"input_ids": input_ids, "labels": input_ids}
+    if kind == "bert":
+        inputs["num_predictions"] = input_ids.numel()
+    losses = []
+    for _ in range(60):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = forward(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
