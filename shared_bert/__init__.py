@@ -21,7 +21,7 @@ from . import modeling
 from .modeling import *  # noqa: F403 - modeling.__all__ is the list
 
 __version__ = "0.1.0"
-__all__ = modeling.__all__  # noqa: PLE0605
+__all__ = modeling.__all__
 
 
 def _register(config, tokenizer, models):

@@ -101,7 +101,7 @@ def _batch(settings: StepSettings, vocab_size: int, stock: bool) -> dict:
 
 
 def peak_memory(settings: StepSettings, stock: bool) -> int:
-    """Bytes that building the model and two steps add at their peak, measured in a process of its own (CPU: Linux only)."""
+    """Bytes that building the model and two steps take at their peak, in a process of its own (CPU: Linux only)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory_here, (settings, stock))
 
