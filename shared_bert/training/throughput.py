@@ -51,7 +51,7 @@ def peak_flops(device: torch.device) -> float:
     return _measured_flops(device)
 
 
-def _measured_flops(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+def _measured_flops(device: torch.device, size: int = 1024, repeats: int = 20) -> float:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
