@@ -1,7 +1,7 @@
 """Shows what a trained language model does: fills the [MASK] of each text, or writes on from it.
 
-    python scripts/try_model.py FOLDER "Return the [MASK] of the array."
-    python scripts/try_model.py FOLDER "Return the"
+python scripts/try_model.py FOLDER "Return the [MASK] of the array."
+python scripts/try_model.py FOLDER "Return the"
 """
 
 import argparse

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import (
 from transformers.models.bert.modeling_bert import (
     BertEmbeddings,
     BertIntermediate,
-    BertOnlyMLMHead,
     BertOutput,
     BertPooler,
+    BertPredictionHeadTransform,
     BertPreTrainedModel,
 )
 from transformers.processing_utils import Unpack
@@ -97,7 +97,8 @@ class SharedBertPreTrainedModel(BertPreTrainedModel):
     config: SharedBertConfig
     config_class = SharedBertConfig
     base_model_prefix = "bert"
-    _no_split_modules = ["BertEmbeddings", "SharedBertLayer"]
+    # Not the embeddings: FSDP2 would shard them, and their tied matrix once more with the head.
+    _no_split_modules = ["SharedBertLayer"]
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": SharedBertLayer, "attentions": SelfAttention}
 
@@ -170,18 +171,36 @@ class SharedBertModel(SharedBertPreTrainedModel):
         )
 
 
+class SharedBertPredictionHead(nn.Module):
+    """BERT's head over the vocabulary, with the bias of its decoder under one name.
+
+    Stock BERT has it under two (`bias` besides), which FSDP2 cannot shard.
+    """
+
+    def __init__(self, config: SharedBertConfig):
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.register_load_state_dict_pre_hook(_drop_second_name)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform(hidden_states))
+
+
+def _drop_second_name(module, state_dict, prefix, *args):
+    if f"{prefix}bias" in state_dict:
+        state_dict[f"{prefix}decoder.bias"] = state_dict.pop(f"{prefix}bias")
+
+
 class SharedBertForMaskedLM(SharedBertPreTrainedModel):
     """The encoder with BERT's head over the vocabulary, tied to the word embeddings."""
 
-    _tied_weights_keys = {
-        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    }
+    _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: SharedBertConfig):
         super().__init__(config)
         self.bert = SharedBertModel(config, add_pooling_layer=False)
-        self.cls = BertOnlyMLMHead(config)
+        self.cls = nn.ModuleDict({"predictions": SharedBertPredictionHead(config)})
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -189,7 +208,6 @@ class SharedBertForMaskedLM(SharedBertPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.cls.predictions.decoder = new_embeddings
-        self.cls.predictions.bias = new_embeddings.bias
 
     @can_return_tuple
     def forward(
@@ -237,7 +255,7 @@ class SharedBertForMaskedLM(SharedBertPreTrainedModel):
             )
         return MaskedLMOutput(
             loss=loss,
-            logits=None if skip_logits else self.cls(hidden_states),
+            logits=None if skip_logits else self.cls.predictions(hidden_states),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

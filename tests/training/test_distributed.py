@@ -31,11 +31,7 @@ def launch(launcher, path, *options):
         ("torchrun", "shared_bert"),
         ("ddp_2cpu.yaml", "shared_gpt"),
         ("fsdp2_2cpu.yaml", "shared_gpt"),
-        pytest.param(
-            "fsdp2_2cpu.yaml",
-            "shared_bert",
-            marks=pytest.mark.xfail(strict=True, reason="FSDP2 cannot place the tied bias of the masked head"),
-        ),
+        ("fsdp2_2cpu.yaml", "shared_bert"),
     ],
 )
 def test_two_processes_train_as_one(tmp_path, launcher, model_type):
