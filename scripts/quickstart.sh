@@ -8,7 +8,7 @@ runs=runs/quickstart
 for model in shared_bert shared_gpt; do
     output=$runs/$model
     echo
-    if [ -f "$output/all_results.json" ]; then
+    if [ -f "$output/loss_curve.png" ]; then
         echo "== $output holds a trained model: it is reused (delete the folder to train anew)"
         continue
     fi

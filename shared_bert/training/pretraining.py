@@ -6,6 +6,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from ..data import (
@@ -36,7 +37,8 @@ def pretrain(
     """Trains a masked or causal language model, as its type asks, and saves it with its tokenizer.
 
     `output_dir` gets the model, the tokenizer, the checkpoints, Trainer's metrics and state, `loss_curve.json` and
-    `loss_curve.png`. Several processes, on one machine or more, share that folder and the cache of data sets.
+    `loss_curve.png`, and nothing before training starts. Several processes, on one machine or more, share that folder
+    and the cache of data sets.
 
     Returns:
         The metrics of training and of the final evaluation.
@@ -58,20 +60,21 @@ def pretrain(
         _fit_config(stated, load_tokenizer(tokenizer_path), objective)
 
     is_main = training_args.process_index == 0
-    # The first process reads, trains the tokenizer and packs; the others find the results on disk.
-    with training_args.main_process_first(local=False, desc="preparing the data"):
+    # The first process reads, and later packs; the others find the results in the cache.
+    with training_args.main_process_first(local=False, desc="reading the text"):
         documents = _load_documents(data_args, training_args.seed)
-        if not tokenizer_path:
-            tokenizer_path = training_args.output_dir
-            if is_main:
-                train_tokenizer(
-                    _TOKENIZER_KINDS[objective],
-                    documents["train"],
-                    model_args.tokenizer_vocab_size,
-                    model_max_length=data_args.block_size,
-                    lowercase=model_args.tokenizer_lowercase,
-                ).save_pretrained(tokenizer_path)
+    if tokenizer_path:
         tokenizer = load_tokenizer(tokenizer_path)
+    else:
+        tokenizer = is_main and train_tokenizer(
+            _TOKENIZER_KINDS[objective],
+            documents["train"],
+            model_args.tokenizer_vocab_size,
+            model_max_length=data_args.block_size,
+            lowercase=model_args.tokenizer_lowercase,
+        )
+        (tokenizer,) = broadcast_object_list([tokenizer])
+    with training_args.main_process_first(local=False, desc="packing the text"):
         blocks = {
             split: pack(
                 part,
@@ -90,11 +93,12 @@ def pretrain(
         remove_run(training_args.output_dir)
     statistics = None if data_args.streaming else corpus_statistics(blocks["train"], tokenizer.all_special_ids)
     if is_main:
-        print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
+        print(f"{type(model).__name__} ({config.attention_scheme}): {model.num_parameters():,} parameters")
         if statistics:
             print(
-                f"training text: {statistics.num_blocks:,} blocks, {statistics.num_tokens:,} tokens, "
-                f"unigram entropy {statistics.unigram_entropy:.3f} nats"
+                f"training text: {statistics.num_blocks:,} blocks of {data_args.block_size}, "
+                f"{statistics.num_tokens:,} tokens, unigram entropy {statistics.unigram_entropy:.3f} nats",
+                flush=True,
             )
 
     trainer = PretrainingTrainer(
@@ -114,7 +118,14 @@ def pretrain(
     trainer.save_metrics("eval", evaluation)
     trainer.save_state()
     if is_main:
-        save_loss_curve(training_args.output_dir, trainer.state.log_history, statistics and statistics.unigram_entropy)
+        entropy = statistics and statistics.unigram_entropy
+        save_loss_curve(training_args.output_dir, trainer.state.log_history, entropy)
+        print(
+            f"evaluation loss {evaluation['eval_loss']:.3f} nats"
+            + (f" (unigram entropy of the training text {entropy:.3f})" if entropy else "")
+            + f", perplexity {evaluation['eval_perplexity']:.1f}, accuracy {evaluation['eval_accuracy']:.1%}\n"
+            f"model, metrics and loss_curve.png are in {training_args.output_dir}"
+        )
     return {**metrics, **evaluation}
 
 

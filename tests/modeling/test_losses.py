@@ -65,6 +65,18 @@ def test_pieces_make_the_whole(monkeypatch, with_bias):
         torch.testing.assert_close(got_gradient, expected_gradient)
 
 
+def test_mixed_precision_gives_nearly_the_same_gradients(kind, input_ids, labels):
+    model = tiny_model(kind).train()
+    parameters = list(model.parameters())
+    exact = torch.autograd.grad(model(input_ids, labels=labels).loss, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids, labels=labels).loss
+    assert loss.dtype == torch.float32
+    for got, expected in zip(torch.autograd.grad(loss, parameters), exact, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - expected).norm() < 0.05 * expected.norm() + 1e-3
+
+
 def test_nothing_to_predict_is_no_nan(kind, input_ids):
     loss = tiny_model(kind).train()(input_ids, labels=torch.full_like(input_ids, -100)).loss
     assert loss.item() == 0

@@ -101,6 +101,18 @@ def test_bad_arguments_cost_nothing(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "is empty"), ("the fox hunts .\nthe dog barks .", "do not fill one block of 32")]
+)
+def test_text_that_is_no_use_replaces_nothing(tmp_path, text, message):
+    run_here(tmp_path, max_steps=1)
+    (tmp_path / "other.txt").write_text(text)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        run_here(tmp_path, train_file=str(tmp_path / "other.txt"), validation_split=0.5, overwrite_output_dir=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 def test_a_tokenizer_too_large_is_refused(tmp_path):
     run_here(tmp_path, max_steps=1)
     size = len(AutoTokenizer.from_pretrained(tmp_path / "run"))
