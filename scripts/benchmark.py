@@ -67,7 +67,7 @@ def main():
     command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     command.add_argument("--compile", action="store_true")
-    command.add_argument("--rounds", type=int, default=7)
+    command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--output", type=Path, default=Path("model_cards/benchmark_train_cpu.json"))
     command.set_defaults(run=train)
     arguments = parser.parse_args()

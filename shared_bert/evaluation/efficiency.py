@@ -121,7 +121,7 @@ def _resident_peak() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
 
 
-def compare_training_steps(settings: StepSettings, rounds: int = 7, warmup: int = 2) -> dict:
+def compare_training_steps(settings: StepSettings, rounds: int = 9, warmup: int = 2) -> dict:
     """Times a stock and a shared model in turns.
 
     Returns:

@@ -69,7 +69,7 @@ class PretrainingTrainer(Trainer):
         if "loss" in logs and self._timed_tokens:
             speed = self._timed_tokens / (time.perf_counter() - self._timer_start)
             flops = training_flops_per_token(self.model, self._sequence_length, self._predicted_share)
-            logs["tokens_per_second"] = speed * self.args.world_size
+            logs["tokens_per_second"] = round(speed * self.args.world_size)
             logs["mfu"] = speed * flops / self._peak_flops
             self._timed_tokens = 0
         super().log(logs, start_time)
