@@ -31,7 +31,8 @@ def main():
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    is_masked = type(AutoConfig.from_pretrained(arguments.model)) in AutoModelForMaskedLM._model_mapping
+    (architecture,) = AutoConfig.from_pretrained(arguments.model).architectures
+    is_masked = architecture.endswith("ForMaskedLM")
     auto, show = (AutoModelForMaskedLM, fill_mask) if is_masked else (AutoModelForCausalLM, write_on)
     model = auto.from_pretrained(arguments.model)
     print(f"{type(model).__name__} ({model.config.attention_scheme}), {model.num_parameters():,} parameters")

@@ -1,5 +1,6 @@
 """The README says what is so: its code runs, its files exist, its counts are the models'."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -78,3 +79,18 @@ def test_counts_of_the_scheme_table():
 def test_roles_of_the_scheme_table():
     for name, scheme in shared_bert.SCHEMES.items():
         assert f"| `{name}` | {scheme.query} | {scheme.key} | {scheme.value} |" in README
+
+
+def test_figures_are_the_kept_results():
+    kept = json.loads((ROOT / "model_cards" / "benchmark_train_cpu.json").read_text())["results"]
+    assert len(kept) == 4
+    for row in kept:
+        settings, seconds = row["settings"], row["seconds_per_step"]
+        assert (
+            f"| `{settings['attention_scheme']}` | {settings['batch_size']} × {settings['sequence_length']} "
+            f"| {seconds['stock']:.2f} s | {seconds['shared']:.2f} s | {row['speedup']:.2f}× "
+            f"| {row['memory_ratio']:.2f}× |"
+        ) in README
+    for model in ("bert", "gpt"):
+        curve = json.loads((ROOT / "model_cards" / "quickstart" / f"shared_{model}_loss_curve.json").read_text())
+        assert f"| {curve['evaluation'][-1]['loss']:.2f} | {curve['unigram_entropy']:.2f} |" in README

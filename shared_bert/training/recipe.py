@@ -11,6 +11,14 @@ from .arguments import DataArguments, ModelArguments, PretrainingArguments
 from .yaml_files import check_keys, load_mapping
 
 _DATACLASSES = (ModelArguments, DataArguments, PretrainingArguments)
+# An option takes the place of what it would contradict in the recipe.
+_REPLACED_BY = {
+    "train_file": ("dataset_name", "dataset_config_name"),
+    "dataset_name": ("train_file", "validation_file"),
+    "model_name_or_path": ("config_name", "config_overrides", "model_type", "tokenizer_name", "tokenizer_vocab_size"),
+    "tokenizer_name": ("tokenizer_vocab_size",),
+    "tokenizer_vocab_size": ("tokenizer_name",),
+}
 
 
 class _Parser(HfArgumentParser):
@@ -23,7 +31,8 @@ class _Parser(HfArgumentParser):
 def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
     """Reads `[RECIPE.yaml] [--option value ...]` into the arguments of `pretrain`.
 
-    Options override the recipe, except that `config_overrides` of both are merged. A `config_name` in the recipe
+    Options override the recipe, and a source of text, a model or a tokenizer replaces the recipe's of another kind;
+    only the `config_overrides` of both are merged. A `config_name` in the recipe
     is looked for in the current folder first, then beside the recipe.
 
     Args:
@@ -39,6 +48,9 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArgument
         recipe_path, *arguments = arguments
         recipe = load_mapping(recipe_path)
         check_keys(recipe, valid, recipe_path)
+        for option in {_option_name(argument) for argument in arguments} & _REPLACED_BY.keys():
+            for key in _REPLACED_BY[option]:
+                recipe.pop(key, None)
         _find_config(recipe, Path(recipe_path).parent)
         # As strings, numbers pass through the same checks as on the command line.
         parser.set_defaults(**{k: str(v) if type(v) in (int, float) else v for k, v in recipe.items()})
@@ -46,10 +58,14 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArgument
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        check_keys([rest[0].partition("=")[0].lstrip("-").replace("-", "_")], valid, "command line")
+        check_keys([_option_name(rest[0])], valid, "command line")
         raise ValueError(f"command line: {rest[0]!r} is not an option; write --name value")
     model_args.config_overrides = {**(recipe.get("config_overrides") or {}), **(model_args.config_overrides or {})}
     return model_args, data_args, training_args
+
+
+def _option_name(argument: str) -> str:
+    return argument.partition("=")[0].lstrip("-").replace("-", "_")
 
 
 def _find_config(recipe: dict[str, Any], folder: Path):

@@ -29,6 +29,14 @@ def test_options_override_the_recipe(tmp_path):
     assert model.config_overrides["num_hidden_layers"] == 2  # the recipe's own stay
 
 
+def test_an_option_replaces_what_it_would_contradict(tmp_path):
+    assert parse(tmp_path, "--dataset-name", "python-docs")[1].train_file is None
+    model, _, _ = parse(tmp_path, "--model_name_or_path=somewhere")
+    assert (model.model_type, model.tokenizer_vocab_size, model.config_overrides) == (None, None, {})
+    model, _, _ = parse(tmp_path, "--tokenizer_name", "somewhere")
+    assert (model.tokenizer_name, model.tokenizer_vocab_size) == ("somewhere", None)
+
+
 @pytest.mark.parametrize("value", ["1e-4", 1e-4, "0.0001"])
 def test_exponents_are_numbers(tmp_path, value):
     path = write_recipe(tmp_path)
