@@ -75,16 +75,7 @@ def pretrain(
         )
         (tokenizer,) = broadcast_object_list([tokenizer])
     with training_args.main_process_first(local=False, desc="packing the text"):
-        blocks = {
-            split: pack(
-                part,
-                tokenizer,
-                data_args.block_size,
-                data_args.separate_documents,
-                num_proc=data_args.preprocessing_num_workers,
-            )
-            for split, part in documents.items()
-        }
+        blocks = {split: _pack(split, part, tokenizer, data_args) for split, part in documents.items()}
 
     set_seed(training_args.seed)
     config = _fit_config(stated, tokenizer, objective)
@@ -147,7 +138,9 @@ def _check_arguments(
         )
     trained_size = model_args.tokenizer_vocab_size
     if trained_size and trained_size > stated.get("vocab_size", math.inf):
-        raise ValueError(f"tokenizer_vocab_size={trained_size} is more than the model's {stated['vocab_size']=}")
+        raise ValueError(
+            f"tokenizer_vocab_size={trained_size} is more than the model's vocab_size={stated['vocab_size']}"
+        )
 
 
 def _fit_config(stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase, objective: str) -> PreTrainedConfig:
@@ -178,6 +171,19 @@ def _load_documents(arguments: DataArguments, seed: int) -> dict[str, Any]:
         max_eval_samples=arguments.max_eval_samples,
         seed=seed,
     )
+
+
+def _pack(split: str, documents, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments):
+    try:
+        return pack(
+            documents,
+            tokenizer,
+            arguments.block_size,
+            arguments.separate_documents,
+            num_proc=arguments.preprocessing_num_workers,
+        )
+    except ValueError as error:
+        raise ValueError(f"{split} text: {error}") from error
 
 
 def _collator(objective: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, seed: int):
