@@ -55,6 +55,7 @@ def train(arguments: argparse.Namespace):
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {arguments.output}")
+    print("speedup: " + ", ".join(f"{row['speedup']:.2f}" for row in rows))
 
 
 def main():
@@ -68,7 +69,7 @@ def main():
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     command.add_argument("--compile", action="store_true")
     command.add_argument("--rounds", type=int, default=9)
-    command.add_argument("--output", type=Path, default=Path("model_cards/benchmark_train_cpu.json"))
+    command.add_argument("--output", type=Path, default=Path("runs/benchmark_train.json"))
     command.set_defaults(run=train)
     arguments = parser.parse_args()
     arguments.run(arguments)

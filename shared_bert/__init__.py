@@ -29,6 +29,8 @@ def _register(config, tokenizer, models):
     AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)
     for auto, model in models.items():
         auto.register(config, model, exist_ok=True)
+        # Trainer, for one, tells by these names which labels to shift.
+        auto._model_mapping._model_mapping.setdefault(config.model_type, model.__name__)
 
 
 _register(

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,9 +39,9 @@ def quickstart_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_code_runs(code, quickstart_folder, monkeypatch, capsys):
-    monkeypatch.chdir(quickstart_folder)
-    exec(code, {})
+def test_code_runs_by_itself(code, quickstart_folder):
+    run = subprocess.run([sys.executable, "-c", code], cwd=quickstart_folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_commands_name_files_that_exist():

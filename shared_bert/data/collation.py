@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.losses import IGNORED
 from .packing import PADDING
 from .tokenizers import check_tokenizer
 
-IGNORED = -100  # the label of a position where nothing is predicted
 CONTINUATION = "##"
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the predicted tokens; the rest stay as they are (BERT, section 3.1)
 

@@ -4,6 +4,7 @@ A trained tokenizer is a stock `BertTokenizer` or `GPT2Tokenizer`, trained behin
 pre-tokeniser that it runs with, so that everybody can load it and no code of this package goes with it.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,6 +20,7 @@ NEEDED_TOKENS = {
 }
 MAX_ALPHABET = 1000  # characters of a WordPiece vocabulary; the rarer ones become [UNK], as in BERT
 TEXTS_PER_BATCH = 1000
+ENDLESS_WORD = re.compile(r"\S{1000}")
 NO_TEXT = "the corpus holds no text to train a tokenizer on"
 
 
@@ -80,9 +82,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
 
 
 def text_batches(documents: Dataset | IterableDataset) -> Iterator[list[str]]:
-    """The documents' texts in lists of at most 1000, each of them a string that a tokenizer accepts."""
+    """The documents' texts to train on, in lists of at most 1000: strings that a tokenizer accepts.
+
+    Training takes the square of a word's length, so what goes on for 1000 characters is broken into several.
+    """
     for batch in documents.iter(TEXTS_PER_BATCH):
-        yield [encodable(text) for text in batch["text"]]
+        yield [ENDLESS_WORD.sub(r"\g<0> ", encodable(text)) for text in batch["text"]]
 
 
 def encodable(text: str | None) -> str:

@@ -65,6 +65,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy, in nats, of `hidden_states @ weight.T + bias` against `labels`, in float32.
 
+    It takes the head's parameters, not the module: hooks and adapters on the head do not see it.
+
     Args:
         hidden_states: [rows, hidden]; weight: [vocabulary, hidden]; bias: [vocabulary].
         labels: [rows]; -100 is ignored.

@@ -264,6 +264,8 @@ class SharedBertForMaskedLM(SharedBertPreTrainedModel):
 class SharedBertClassifier(SharedBertPreTrainedModel):
     """What the classification heads share: the encoder, dropout and one linear layer."""
 
+    accepts_loss_kwargs = False  # the loss is the mean of one batch; Trainer averages accumulated ones
+
     def __init__(self, config: SharedBertConfig, num_outputs: int, add_pooling_layer: bool):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -360,6 +362,8 @@ class SharedBertForMultipleChoice(SharedBertClassifier):
 
 class SharedBertForQuestionAnswering(SharedBertPreTrainedModel):
     """Marks the start and the end of an answer in a text."""
+
+    accepts_loss_kwargs = False  # as of `SharedBertClassifier`
 
     def __init__(self, config: SharedBertConfig):
         super().__init__(config)

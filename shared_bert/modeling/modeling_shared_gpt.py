@@ -163,8 +163,10 @@ class SharedGptModel(SharedGptPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if isinstance(past_length, int):  # a static cache counts in a tensor, and has a length of its own
+        if isinstance(past_length, int):
             check_length(self.config, past_length + inputs_embeds.shape[1])
+        if getattr(past_key_values, "is_compileable", False):  # a static cache will be filled, and cannot be asked
+            check_length(self.config, max(layer.max_cache_len for layer in past_key_values.layers))
         if position_ids is None and document_ids is not None:
             position_ids = document_positions(document_ids)
         mask, packing = attention_inputs(
@@ -254,6 +256,8 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
 class SharedGptForSequenceClassification(SharedGptPreTrainedModel):
     """Classifies (or, with one label, scores) a text by its last token that is not padding."""
 
+    accepts_loss_kwargs = False  # the loss is the mean of one batch; Trainer averages accumulated ones
+
     def __init__(self, config: SharedGptConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -290,7 +294,11 @@ class SharedGptForSequenceClassification(SharedGptPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = self.score(hidden_states[torch.arange(len(hidden_states)), self._last(input_ids, attention_mask)])
+        logits = self.score(
+            hidden_states[
+                torch.arange(len(hidden_states)), self._last(input_ids, attention_mask, hidden_states.shape[1])
+            ]
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
@@ -302,9 +310,9 @@ class SharedGptForSequenceClassification(SharedGptPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _last(self, input_ids, attention_mask) -> torch.Tensor | int:
+    def _last(self, input_ids, attention_mask, length: int) -> torch.Tensor | int:
         if attention_mask is not None and attention_mask.ndim == 2:
-            is_text = attention_mask != 0
+            is_text = attention_mask[:, -length:] != 0
         elif input_ids is not None and self.config.pad_token_id is not None:
             is_text = input_ids != self.config.pad_token_id
         elif input_ids is None or len(input_ids) == 1:
@@ -318,6 +326,8 @@ class SharedGptForSequenceClassification(SharedGptPreTrainedModel):
 
 class SharedGptForTokenClassification(SharedGptPreTrainedModel):
     """Classifies every token, from what comes before it."""
+
+    accepts_loss_kwargs = False  # as of `SharedGptForSequenceClassification`
 
     def __init__(self, config: SharedGptConfig):
         super().__init__(config)

@@ -51,7 +51,8 @@ def attention_inputs(
         inputs_embeds: [batch, seq, hidden].
         attention_mask: [batch, keys], 0 where a token is padding, or a finished mask of four dimensions.
         document_ids: [batch, seq] of a packed batch. Padding is a document of its own, so no mask goes with it.
-        position_ids: as the caller gave them; where they restart, causal attention takes a new document to begin.
+        position_ids: as the caller gave them. Where they restart, a causal mask begins a new document, as stock
+            models do it: without a cache and without flash attention only, so prefer `document_ids`.
 
     Returns:
         The mask, and keyword arguments for every attention layer.

@@ -26,13 +26,16 @@ class ModelArguments:
     config_overrides: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Config fields that replace others: a mapping in YAML, else a=1,b=x."}
     )
+    attn_implementation: str | None = _argument(
+        None, "eager, sdpa, flex_attention, flash_attention_2 …; else the best."
+    )
     tokenizer_name: str | None = _argument(None, "A tokenizer on the Hub or a folder; else the model's own.")
     tokenizer_vocab_size: int | None = _argument(None, "Train a tokenizer of this size on the training text.")
     tokenizer_lowercase: bool = _argument(True, "Whether a WordPiece tokenizer trained here lowers case.")
 
     def __post_init__(self):
         if isinstance(self.config_overrides, str):
-            self.config_overrides = _read_overrides(self.config_overrides)
+            self.config_overrides = read_overrides(self.config_overrides)
         if self.model_name_or_path and (self.model_type or self.config_name):
             raise ValueError(
                 f"model_name_or_path={self.model_name_or_path!r} names a trained model: leave out "
@@ -49,7 +52,7 @@ class ModelArguments:
             raise ValueError("no tokenizer is named: give tokenizer_name, or tokenizer_vocab_size to train one")
 
 
-def _read_overrides(text: str) -> dict[str, Any]:
+def read_overrides(text: str) -> dict[str, Any]:
     """Reads "a=1,b=x" as YAML would read the values."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
     for name, equals, _ in pairs:
@@ -92,7 +95,8 @@ class PretrainingArguments(TrainingArguments):
     """`TrainingArguments` with defaults for pre-training.
 
     Raises:
-        ValueError: no output_dir; one that is to be resumed and overwritten at once.
+        ValueError: no output_dir; one that is to be resumed and overwritten at once; options that would break the
+            batches.
     """
 
     overwrite_output_dir: bool = _argument(False, "Replace the run that output_dir holds.")
@@ -114,5 +118,14 @@ class PretrainingArguments(TrainingArguments):
             raise ValueError("output_dir is not given: name the folder for checkpoints and the model")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("resume_from_checkpoint goes on with a run and overwrite_output_dir replaces it")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=true would take away what batches are made from: leave it out")
+        if self.dataloader_persistent_workers:
+            raise ValueError(
+                "dataloader_persistent_workers=true would mask every epoch like the first, since such workers do not "
+                "learn which epoch it is: leave it out"
+            )
         super().__post_init__()
         self.dataloader_pin_memory &= self.device.type != "cpu"

@@ -13,6 +13,12 @@ logger = logging.getLogger(__name__)
 
 # A checkpoint is written in here and moved out when it is whole. Trainer's pushes to the Hub leave out `_*`.
 UNFINISHED = "_unfinished"
+# What a run leaves beside its checkpoints: all of it is removed with the run, and any of it marks a folder as taken.
+_RUN_FILES = (
+    "model*.safetensors*", "pytorch_model*.bin*", "config.json", "generation_config.json", "tokenizer*.json",
+    "special_tokens_map.json", "vocab.*", "training_args.bin", "trainer_state.json", "*_results.json", "loss_curve.*",
+    UNFINISHED,
+)  # fmt: skip
 _NEEDED = ("trainer_state.json", "*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 
 
@@ -83,13 +89,16 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | N
     if wish.lower() != "false":
         if damage := checkpoint_damage(wish):
             raise ValueError(f"resume_from_checkpoint={wish!r} cannot be resumed: {damage}")
-        return wish
+        if Path(wish).resolve().parent == Path(output_dir).resolve():
+            return wish
+    if Path(output_dir).is_file():
+        raise ValueError(f"output_dir={output_dir!r} is a file: name a folder")
     if not overwrite and (found := _run_files(output_dir)):
         raise ValueError(
             f"output_dir={output_dir!r} holds another run ({found[0].name}): go on with it by "
             "resume_from_checkpoint=true, replace it by overwrite_output_dir=true, or name another folder"
         )
-    return None
+    return None if wish.lower() == "false" else wish
 
 
 def remove_run(output_dir: str):
@@ -102,8 +111,4 @@ def remove_run(output_dir: str):
 
 
 def _run_files(output_dir: str) -> list[Path]:
-    weights_and_state = (
-        path for name in ("*.safetensors", "trainer_state.json") for path in Path(output_dir).glob(name)
-    )
-    unfinished = Path(output_dir, UNFINISHED)
-    return [*checkpoints(output_dir), *sorted(weights_and_state), *([unfinished] if unfinished.exists() else [])]
+    return checkpoints(output_dir) + [path for name in _RUN_FILES for path in sorted(Path(output_dir).glob(name))]

@@ -7,15 +7,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-def save_loss_curve(output_dir: str, log_history: list[dict[str, Any]], unigram_entropy: float | None):
+def save_loss_curve(output_dir: str, log_history: list[dict[str, Any]], unigram_entropy: float | None, title: str):
     """Writes `loss_curve.json` and `loss_curve.png`.
 
     Args:
         log_history: of `TrainerState`.
         unigram_entropy: of the training text in nats, the loss of a model that knows only how frequent each token
             is; None where it is not known.
+        title: of the picture.
     """
     curve = {
+        "title": title,
         "unigram_entropy": unigram_entropy,
         "train": [{"step": log["step"], "loss": log["loss"]} for log in log_history if "loss" in log],
         "evaluation": [{"step": log["step"], "loss": log["eval_loss"]} for log in log_history if "eval_loss" in log],
@@ -26,9 +28,7 @@ def save_loss_curve(output_dir: str, log_history: list[dict[str, Any]], unigram_
 
 def _draw(curve: dict[str, Any], path: Path):
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="optimizer step", ylabel="loss (nats per predicted token)", title="Pre-training loss"
-    )
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per predicted token)", title=curve["title"])
     for name, style in (
         ("train", {"color": "#9ab8d6", "linewidth": 1.2}),
         ("evaluation", {"color": "#c44e52", "linewidth": 1.8, "marker": "o", "markersize": 4}),
@@ -37,6 +37,7 @@ def _draw(curve: dict[str, Any], path: Path):
         axes.plot([point["step"] for point in points], [point["loss"] for point in points], label=name, **style)
     if (entropy := curve["unigram_entropy"]) is not None:
         axes.axhline(entropy, color="#555555", linestyle="--", linewidth=1, label=f"unigram entropy ({entropy:.2f})")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -40,9 +40,24 @@ def config_fields(arguments: ModelArguments) -> dict[str, Any]:
     return {**stated, **overrides}
 
 
-def make_model(config: PreTrainedConfig, model_name_or_path: str | None = None) -> PreTrainedModel:
-    """Makes a new model of `config`, or loads a trained one, with its head and with float32 weights."""
+def make_model(
+    config: PreTrainedConfig, model_name_or_path: str | None = None, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Makes a new model of `config`, or loads a trained one, with its head and with float32 weights.
+
+    Raises:
+        ValueError: the trained model lacks weights of this one, or has others.
+    """
     auto_class = _AUTO_CLASSES[OBJECTIVES[config.model_type]]
+    options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if model_name_or_path is None:
-        return auto_class.from_config(config, dtype=torch.float32)
-    return auto_class.from_pretrained(model_name_or_path, config=config, dtype=torch.float32)
+        return auto_class.from_config(config, **options)
+    model, info = auto_class.from_pretrained(model_name_or_path, config=config, output_loading_info=True, **options)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            weights = ", ".join(map(str, sorted(info[problem])[:3]))
+            raise ValueError(
+                f"{model_name_or_path=} is no {type(model).__name__} like this one: "
+                f"{problem.replace('_', ' ')} {weights}"
+            )
+    return model

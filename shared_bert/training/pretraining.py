@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ..data import (
     Blocks,
@@ -26,7 +27,7 @@ from .checkpoints import checkpoint_to_resume, remove_run
 from .loss_curve import save_loss_curve
 from .metrics import accuracy_of, likeliest_tokens
 from .models import OBJECTIVES, config_fields, make_model
-from .trainer import PretrainingTrainer
+from .trainer import PretrainingTrainer, uses_fsdp
 
 _TOKENIZER_KINDS = {"mlm": "wordpiece", "clm": "byte_bpe"}
 
@@ -50,6 +51,11 @@ def pretrain(
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
     )
+    if checkpoint and Path(checkpoint, "optimizer.bin").exists() != uses_fsdp(training_args):
+        raise ValueError(
+            f"{checkpoint} was written {'without' if uses_fsdp(training_args) else 'under'} FSDP: launch the run as "
+            "it was, or start a new one from its weights by model_name_or_path"
+        )
     stated = config_fields(model_args)
     objective = OBJECTIVES[stated["model_type"]]
     _check_arguments(stated, model_args, data_args, training_args)
@@ -66,6 +72,8 @@ def pretrain(
     if tokenizer_path:
         tokenizer = load_tokenizer(tokenizer_path)
     else:
+        if is_main:
+            print(f"training a tokenizer of {model_args.tokenizer_vocab_size} tokens", flush=True)
         tokenizer = is_main and train_tokenizer(
             _TOKENIZER_KINDS[objective],
             documents["train"],
@@ -79,10 +87,10 @@ def pretrain(
 
     set_seed(training_args.seed)
     config = _fit_config(stated, tokenizer, objective)
-    model = make_model(config, model_args.model_name_or_path)
-    if is_main and training_args.overwrite_output_dir:
-        remove_run(training_args.output_dir)
-    statistics = None if data_args.streaming else corpus_statistics(blocks["train"], tokenizer.all_special_ids)
+    model = make_model(config, model_args.model_name_or_path, model_args.attn_implementation)
+    statistics = None
+    if is_main and not data_args.streaming:
+        statistics = corpus_statistics(blocks["train"], tokenizer.all_special_ids)
     if is_main:
         print(f"{type(model).__name__} ({config.attention_scheme}): {model.num_parameters():,} parameters")
         if statistics:
@@ -91,6 +99,8 @@ def pretrain(
                 f"{statistics.num_tokens:,} tokens, unigram entropy {statistics.unigram_entropy:.3f} nats",
                 flush=True,
             )
+        else:
+            print("training text: a stream, whose blocks and tokens are not known beforehand", flush=True)
 
     trainer = PretrainingTrainer(
         model=model,
@@ -102,7 +112,13 @@ def pretrain(
         compute_metrics=accuracy_of(objective),
         preprocess_logits_for_metrics=likeliest_tokens,
     )
+    if training_args.overwrite_output_dir:
+        trainer.add_callback(_RunRemover)
+    if checkpoint and is_main:
+        print(f"resuming from {checkpoint}", flush=True)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if hasattr(config, "use_cache"):
+        config.use_cache = True  # Trainer turned it off for training
     trainer.save_model()
     trainer.save_metrics("train", metrics)
     evaluation = trainer.evaluate()
@@ -110,7 +126,8 @@ def pretrain(
     trainer.save_state()
     if is_main:
         entropy = statistics and statistics.unigram_entropy
-        save_loss_curve(training_args.output_dir, trainer.state.log_history, entropy)
+        title = f"{type(model).__name__} ({config.attention_scheme})"
+        save_loss_curve(training_args.output_dir, trainer.state.log_history, entropy, title)
         print(
             f"evaluation loss {evaluation['eval_loss']:.3f} nats"
             + (f" (unigram entropy of the training text {entropy:.3f})" if entropy else "")
@@ -130,6 +147,8 @@ def _check_arguments(
             f"streaming=true is read by one worker: dataloader_num_workers={training_args.dataloader_num_workers} "
             "must be 0 or 1"
         )
+    if data_args.whole_word_mask and OBJECTIVES[stated["model_type"]] != "mlm":
+        raise ValueError(f"whole_word_mask=true is for masked models: a {stated['model_type']} masks nothing")
     config = AutoConfig.for_model(**stated)
     if data_args.block_size > config.max_position_embeddings:
         raise ValueError(
@@ -175,13 +194,15 @@ def _load_documents(arguments: DataArguments, seed: int) -> dict[str, Any]:
 
 def _pack(split: str, documents, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments):
     try:
-        return pack(
+        blocks = pack(
             documents,
             tokenizer,
             arguments.block_size,
             arguments.separate_documents,
             num_proc=arguments.preprocessing_num_workers,
         )
+        next(iter(blocks))  # a stream shows only now that it does not fill one block
+        return blocks
     except ValueError as error:
         raise ValueError(f"{split} text: {error}") from error
 
@@ -192,6 +213,14 @@ def _collator(objective: str, tokenizer: PreTrainedTokenizerBase, arguments: Dat
     return MaskedLanguageModelingCollator(
         tokenizer, arguments.mlm_probability, arguments.whole_word_mask, seed, arguments.separate_documents
     )
+
+
+class _RunRemover(TrainerCallback):
+    """Deletes the run that `output_dir` holds when all that can be wrong with the new one has been tried."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            remove_run(args.output_dir)
 
 
 class _EndlessBlocks(torch.utils.data.IterableDataset):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from .arguments import DataArguments, ModelArguments, PretrainingArguments
+from .arguments import DataArguments, ModelArguments, PretrainingArguments, read_overrides
 from .yaml_files import check_keys, load_mapping
 
 _DATACLASSES = (ModelArguments, DataArguments, PretrainingArguments)
@@ -32,8 +32,8 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArgument
     """Reads `[RECIPE.yaml] [--option value ...]` into the arguments of `pretrain`.
 
     Options override the recipe, and a source of text, a model or a tokenizer replaces the recipe's of another kind;
-    only the `config_overrides` of both are merged. A `config_name` in the recipe
-    is looked for in the current folder first, then beside the recipe.
+    only the `config_overrides` of both are merged. A `config_name` in the recipe is looked for in the current folder
+    first, then beside the recipe.
 
     Args:
         arguments: of the command line, without the program's name.
@@ -48,7 +48,7 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArgument
         recipe_path, *arguments = arguments
         recipe = load_mapping(recipe_path)
         check_keys(recipe, valid, recipe_path)
-        for option in {_option_name(argument) for argument in arguments} & _REPLACED_BY.keys():
+        for option in {_option_name(a) for a in arguments if a.startswith("--")} & _REPLACED_BY.keys():
             for key in _REPLACED_BY[option]:
                 recipe.pop(key, None)
         _find_config(recipe, Path(recipe_path).parent)
@@ -60,7 +60,9 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArgument
     if rest:
         check_keys([_option_name(rest[0])], valid, "command line")
         raise ValueError(f"command line: {rest[0]!r} is not an option; write --name value")
-    model_args.config_overrides = {**(recipe.get("config_overrides") or {}), **(model_args.config_overrides or {})}
+    overrides = recipe.get("config_overrides") or {}
+    overrides = read_overrides(overrides) if isinstance(overrides, str) else overrides
+    model_args.config_overrides = {**overrides, **(model_args.config_overrides or {})}
     return model_args, data_args, training_args
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -28,6 +28,10 @@ class _EpochSetter(TrainerCallback):
             train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
+def uses_fsdp(args: TrainingArguments) -> bool:
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 class PretrainingTrainer(Trainer):
     """`Trainer` for models of this package.
 
@@ -44,8 +48,7 @@ class PretrainingTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self):
         # Accelerate overlooks FSDP in processes on CPUs, where FSDP2 runs as well: the type is set to one it knows.
-        fsdp_is_wanted = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-        if fsdp_is_wanted and self.args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        if uses_fsdp(self.args) and self.args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
             self.args.distributed_state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
 
@@ -87,6 +90,12 @@ class PretrainingTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)
+
+    def _issue_warnings_after_load(self, load_result):
+        # A tied matrix is saved under its other name only: nothing is missing.
+        tied = self.model._tied_weights_keys or {}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _save_checkpoint(self, model, trial):
         """Saves a checkpoint, which appears under its name only when it is whole.

@@ -1,4 +1,5 @@
 import json
+import random
 import subprocess
 import sys
 
@@ -121,3 +122,11 @@ def test_check_names_the_missing_token(bert, gpt):
 def test_a_loaded_tokenizer_can_pad(gpt, tmp_path):
     GPT2Tokenizer(vocab=gpt.get_vocab(), merges=[]).save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe"])
+def test_a_word_without_end_is_trained_on_in_parts(kind):
+    """Training takes the square of a word's length: as one word, this text would take hours."""
+    text = "".join(random.Random(0).choices("abcdefgh", k=300_000))
+    tokenizer = train_tokenizer(kind, Dataset.from_dict({"text": [text]}), vocab_size=400, model_max_length=64)
+    assert len(tokenizer) == 400

@@ -101,7 +101,8 @@ def test_what_is_done_to_a_cache_is_done_to_its_stream_once(model, input_ids):
     assert cache.layers[0].values is cache.layers[0].keys
 
 
-def test_generation_stops_at_the_last_position(input_ids):
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}])
+def test_generation_stops_at_the_last_position(input_ids, cache):
     model = tiny_model("gpt")
     with pytest.raises(ValueError, match="max_position_embeddings=40"):
-        generate(model, input_ids, max_new_tokens=40, min_new_tokens=40)
+        generate(model, input_ids, max_new_tokens=40, min_new_tokens=40, **cache)

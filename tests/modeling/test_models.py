@@ -101,6 +101,32 @@ def test_losses_of_the_heads_are_the_stock_ones(kind, ours, stock, input_ids):
     torch.testing.assert_close(model(ids, **labels).loss, stock(ids, **labels).loss)
 
 
+@pytest.mark.parametrize(("kind", "ours"), [head[:2] for head in HEADS if "LM" not in head[1].__name__])
+def test_trainer_averages_accumulated_batches(kind, ours):
+    """Trainer divides the losses of heads that take no count of items, and only those."""
+    assert not getattr(ours, "accepts_loss_kwargs", True)
+
+
+def test_trainer_knows_which_labels_to_shift():
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    assert "SharedGptForCausalLM" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert "SharedBertForMaskedLM" in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def test_a_classifier_goes_on_from_a_cache(input_ids):
+    model = tiny_model("gpt", shared_bert.SharedGptForSequenceClassification)
+    mask = torch.ones_like(input_ids)
+    with torch.no_grad():
+        whole = model(input_ids, attention_mask=mask).logits
+        past = model(input_ids[:, :7], use_cache=True, attention_mask=mask[:, :7]).past_key_values
+        rest = model(input_ids[:, 7:], past_key_values=past, attention_mask=mask).logits
+    torch.testing.assert_close(rest, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_regression_and_multi_label(input_ids):
     for ours in (shared_bert.SharedBertForSequenceClassification, shared_bert.SharedGptForSequenceClassification):
         kind = "bert" if "Bert" in ours.__name__ else "gpt"

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
+from shared_bert import SharedBertForSequenceClassification
 from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain
 from shared_bert.training.trainer import PretrainingTrainer
 
+from ..conftest import tiny_model
 from .runs import SHAPE, recipe
 
 pytestmark = [
@@ -111,6 +113,43 @@ def test_text_that_is_no_use_replaces_nothing(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         run_here(tmp_path, train_file=str(tmp_path / "other.txt"), validation_split=0.5, overwrite_output_dir=True)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_stream_that_is_no_use_replaces_nothing(tmp_path):
+    run_here(tmp_path, max_steps=1)
+    (tmp_path / "other.txt").write_text("the fox hunts .\nthe dog barks .\nthe owl sees .")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"train text: the corpus holds .* do not fill one block of 32"):
+        run_here(
+            tmp_path, train_file=str(tmp_path / "other.txt"), validation_file=str(tmp_path / "text.txt"),
+            streaming=True, overwrite_output_dir=True,
+        )  # fmt: skip
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_another_run_replaces_nothing(tmp_path):
+    run_here(tmp_path, max_steps=1)
+    run_here(tmp_path, max_steps=1, output_dir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"other.*holds another run"):
+        run_here(
+            tmp_path, output_dir=str(tmp_path / "other"), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")
+        )
+
+
+def test_a_trained_model_of_another_kind_is_refused(tmp_path):
+    run_here(tmp_path, max_steps=1)
+    tiny_model("bert", SharedBertForSequenceClassification, vocab_size=320).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match=r"classifier.*missing keys cls.predictions"):
+        run_here(
+            tmp_path, model_name_or_path=str(tmp_path / "classifier"), tokenizer_name=str(tmp_path / "run"),
+            model_type=None, tokenizer_vocab_size=None, config_overrides=None, output_dir=str(tmp_path / "second"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["remove_unused_columns", "dataloader_persistent_workers"])
+def test_options_that_would_break_batches_are_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=option):
+        run_here(tmp_path, **{option: True})
 
 
 def test_a_tokenizer_too_large_is_refused(tmp_path):
