@@ -8,9 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
-from .packing import PADDING
-
-BLOCKS_PER_BATCH = 1000
+from .packing import BLOCKS_PER_BATCH, PADDING
 
 
 class Blocks(torch.utils.data.Dataset):

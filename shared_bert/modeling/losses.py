@@ -35,7 +35,7 @@ class VocabularyLogits(torch.autograd.Function):
     """`linear`, whose gradient of the weight is a tensor that nothing else refers to.
 
     Where the weight is tied to the embeddings, autograd then adds their gradient to it in place. That of
-    `nn.functional.linear` is a view, so it makes a third matrix of that size: 8 % of a step of BERT-base on a CPU.
+    `nn.functional.linear` is a view, so it makes a third matrix of that size.
     """
 
     @staticmethod

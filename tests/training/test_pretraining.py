@@ -15,11 +15,6 @@ from shared_bert.training.trainer import PretrainingTrainer
 from ..conftest import tiny_model
 from .runs import SHAPE, recipe
 
-pytestmark = [
-    pytest.mark.filterwarnings("error::FutureWarning"),
-    pytest.mark.filterwarnings("error::DeprecationWarning:transformers"),
-]
-
 
 def run_here(folder, **changes):
     keys = recipe(folder, **changes)
