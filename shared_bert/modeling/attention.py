@@ -12,6 +12,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .projections import make_linear
+
 
 def eager_attention_forward(
     module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
@@ -58,12 +60,9 @@ class SelfAttention(nn.Module):
         scale = self.scheme.scale if config.attention_scale is None else config.attention_scale
         self.scaling = scale * self.head_dim**-0.5
 
-        key_value_size = config.num_key_value_heads * self.head_dim
-        self.widths = [
-            config.hidden_size if matrix == self.scheme.query else key_value_size for matrix in self.scheme.matrices
-        ]
-        self.projection = nn.Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.widths = list(config.matrix_widths("projection").values())
+        self.projection = make_linear(config, layer_idx, "projection")
+        self.output = make_linear(config, layer_idx, "output")
         if self.scheme.diagonals:
             self.query_diagonal = nn.Parameter(torch.empty(config.hidden_size))
             self.key_diagonal = nn.Parameter(torch.empty(config.hidden_size))
@@ -81,9 +80,11 @@ class SelfAttention(nn.Module):
         elif self.scheme.pairwise:
             init.copy_(self.pairwise, torch.eye(self.head_dim).expand_as(self.pairwise))
 
-    def roles(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def roles(
+        self, hidden_states: torch.Tensor, projection_weight: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Makes query, key and value, each [batch, heads, seq, head_dim], from [batch, seq, hidden]."""
-        projected = self.projection(hidden_states)
+        projected = _apply(self.projection, hidden_states, projection_weight)
         tensors = dict(zip(self.scheme.matrices, projected.split(self.widths, dim=-1), strict=True))
         # Under autocast a LayerNorm's result is float32 and a projection's is not; attention wants one type.
         tensors["x"] = hidden_states.to(projected.dtype)
@@ -97,14 +98,23 @@ class SelfAttention(nn.Module):
         return query, key, value
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask=None, past_key_values=None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask=None,
+        projection_weight: torch.Tensor | None = None,
+        output_weight: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends within `hidden_states` [batch, seq, hidden] and what `past_key_values` holds.
+
+        Args:
+            projection_weight, output_weight: the matrices that the layers share (see `DepthSharing`).
 
         Returns:
             The result [batch, seq, hidden] and, from the eager implementation, the attention weights.
         """
-        query, key, value = self.roles(hidden_states)
+        query, key, value = self.roles(hidden_states, projection_weight)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -121,4 +131,8 @@ class SelfAttention(nn.Module):
         context = context.flatten(-2)
         if self.scheme.diagonals:
             context = context * self.value_diagonal.to(context.dtype)
-        return self.output(context), weights
+        return _apply(self.output, context, output_weight), weights
+
+
+def _apply(linear: nn.Module, inputs: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    return linear(inputs) if weight is None else linear(inputs, weight)

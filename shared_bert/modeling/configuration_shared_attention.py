@@ -1,4 +1,7 @@
-"""The config fields that say how attention makes its query, key and value; the same in every model."""
+"""The config fields that say how attention makes its query, key and value, and what its layers share.
+
+They are the same in every model.
+"""
 
 import math
 
@@ -6,6 +9,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .schemes import SCHEMES, Scheme
+
+# The ways of sharing over the depth, and the field that says of how much each is made.
+DEPTH_SHARING = {
+    "none": None,
+    "masa": "num_atoms",
+    "sequential": "num_groups",
+    "repeat_all_over": "num_groups",
+    "low_rank": "rank",
+}
 
 
 @strict
@@ -23,6 +35,20 @@ class SharedAttentionConfig(PreTrainedConfig):
             scheme is ``unified``.
         pairwise_init: "normal" starts each U of ``pairwise`` at N(0, 1), as its authors do; "identity" starts
             it as ``symmetric``.
+        depth_sharing: how the matrices are stored over the layers: "none" (each layer has its own), "masa",
+            "sequential", "repeat_all_over" (see `depth_sharing`) or "low_rank" (see `projections`). Biases,
+            diagonals and pairwise matrices stay each layer's own.
+        depth_shared_matrices: "qkv" stores those behind query, key and value so, "qkvo" the output's too.
+        num_atoms: matrices in each dictionary of "masa", at most the number of layers.
+        num_groups: groups of layers in "sequential" and "repeat_all_over", at most the number of layers.
+        rank: of "low_rank". With the others, the rank of what each layer adds to its shared matrices; None adds
+            nothing.
+        layer_ranks: the rank of each matrix, [layers][matrices], where `rank` is not the same for all. The
+            matrices of a layer stand in the order of `Scheme.matrices`, the output last if it is shared.
+        coefficient_source: "direct" makes the coefficients of "masa" parameters; "network" makes them from an
+            embedding of the layer by a small network while training.
+        coefficient_init: "depth" starts each layer of "masa" between the two atoms nearest to it in depth;
+            "normal" with a random direction.
 
     Raises:
         ValueError: naming the field, for a value or a combination that has no meaning.
@@ -37,6 +63,14 @@ class SharedAttentionConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     diagonal_init_std: float | int = 0.0
     pairwise_init: str = "normal"
+    depth_sharing: str = "none"
+    depth_shared_matrices: str = "qkv"
+    num_atoms: int | None = None
+    num_groups: int | None = None
+    rank: int | None = None
+    layer_ranks: list[list[int]] | None = None
+    coefficient_source: str = "direct"
+    coefficient_init: str = "depth"
     attention_probs_dropout_prob: float | int = 0.1
     hidden_dropout_prob: float | int = 0.1
     initializer_range: float | int = 0.02
@@ -49,10 +83,42 @@ class SharedAttentionConfig(PreTrainedConfig):
             )
         return SCHEMES[self.attention_scheme]
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether attention is the stock model's, matrix by matrix."""
+        grouped = self.num_key_value_heads != self.num_attention_heads
+        return self.attention_scheme == "standard" and self.depth_sharing == "none" and not grouped
+
+    @property
+    def shared_maps(self) -> tuple[str, ...]:
+        """Which linear maps of a layer `depth_sharing` is about."""
+        if self.depth_sharing == "none":
+            return ()
+        return ("projection", "output") if self.depth_shared_matrices == "qkvo" else ("projection",)
+
+    def matrix_widths(self, linear: str) -> dict[str, int]:
+        """Names the matrices that lie side by side in the "projection" or the "output", with their widths."""
+        if linear == "output":
+            return {"o": self.hidden_size}
+        key_value_size = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+        return {
+            matrix: self.hidden_size if matrix == self.scheme.query else key_value_size
+            for matrix in self.scheme.matrices
+        }
+
+    def matrix_ranks(self, layer_idx: int, linear: str) -> list[int]:
+        """Ranks of the low-rank matrices in a layer's "projection" or "output"; 0 where there are none."""
+        number = len(self.scheme.matrices)
+        if self.layer_ranks is not None:
+            ranks = self.layer_ranks[layer_idx]
+            return ranks[number:] if linear == "output" else ranks[:number]
+        return [self.rank or 0] * len(self.matrix_widths(linear))
+
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_attention()
+        self._check_depth_sharing()
         super().__post_init__(**kwargs)
 
     def _check_attention(self):
@@ -86,3 +152,52 @@ class SharedAttentionConfig(PreTrainedConfig):
                 f"{self.attention_scheme!r} takes its key or value from the query's matrix or from the input, "
                 f"which have num_attention_heads={self.num_attention_heads} heads; it can be had with {groupable}"
             )
+
+    def _check_depth_sharing(self):
+        for field, valid in (
+            ("depth_sharing", DEPTH_SHARING),
+            ("depth_shared_matrices", ("qkv", "qkvo")),
+            ("coefficient_source", ("direct", "network")),
+            ("coefficient_init", ("depth", "normal")),
+        ):
+            if getattr(self, field) not in valid:
+                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose one of {', '.join(valid)}")
+        needed = DEPTH_SHARING[self.depth_sharing]
+        allowed = {needed} if self.depth_sharing == "none" else {needed, "rank", "layer_ranks"}
+        for field in ("num_atoms", "num_groups", "rank", "layer_ranks"):
+            value = getattr(self, field)
+            if value is not None and field not in allowed:
+                users = ", ".join(name for name, size in DEPTH_SHARING.items() if size == field)
+                raise ValueError(
+                    f"{field}={value} has no meaning with depth_sharing={self.depth_sharing!r}"
+                    + (f"; it goes with {users}" if users else "")
+                )
+        if self.depth_sharing == "none":
+            return
+        if getattr(self, needed) is None and not (needed == "rank" and self.layer_ranks):
+            raise ValueError(f"depth_sharing={self.depth_sharing!r} needs {needed}")
+        for field, most, of in (
+            ("num_atoms", self.num_hidden_layers, "num_hidden_layers"),
+            ("num_groups", self.num_hidden_layers, "num_hidden_layers"),
+            ("rank", self.hidden_size, "hidden_size"),
+        ):
+            value = getattr(self, field)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{field}={value} must be at least 1 and at most {of}={most}")
+        if self.coefficient_source == "network" and self.depth_sharing != "masa":
+            raise ValueError(
+                f"coefficient_source='network' makes the coefficients of 'masa'; depth_sharing={self.depth_sharing!r} "
+                "has none"
+            )
+        if self.layer_ranks is not None:
+            self._check_layer_ranks()
+
+    def _check_layer_ranks(self):
+        if self.rank is not None:
+            raise ValueError(f"rank={self.rank} and layer_ranks say the same: give one of the two")
+        number = sum(len(self.matrix_widths(linear)) for linear in self.shared_maps)
+        shape = f"num_hidden_layers={self.num_hidden_layers} lists of {number} ranks"
+        if len(self.layer_ranks) != self.num_hidden_layers or any(len(row) != number for row in self.layer_ranks):
+            raise ValueError(f"layer_ranks={self.layer_ranks} must be {shape}")
+        if not all(0 <= rank <= self.hidden_size for row in self.layer_ranks for rank in row):
+            raise ValueError(f"layer_ranks={self.layer_ranks} must lie between 0 and hidden_size={self.hidden_size}")

@@ -31,8 +31,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import SelfAttention
 from .configuration_shared_bert import SharedBertConfig
+from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
 from .losses import linear_cross_entropy, predicted_positions
 from .packing import attention_inputs, check_length, document_positions
+from .projections import LowRankLinear, SharedLinear
 
 
 class SharedBertAttentionNorm(nn.Module):
@@ -54,14 +56,14 @@ class SharedBertAttention(nn.Module):
         self.output = SharedBertAttentionNorm(config)
         self.register_load_state_dict_pre_hook(_translate_stock_names)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask=None, **kwargs) -> torch.Tensor:
-        attended, _ = self.self(hidden_states, attention_mask, **kwargs)
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        attended, _ = self.self(hidden_states, *args, **kwargs)
         return self.output(attended, hidden_states)
 
 
 def _translate_stock_names(module, state_dict, prefix, *args):
     """Joins the query, key and value of a stock layer into one projection, where the scheme is ``standard``."""
-    if module.self.config.attention_scheme != "standard" or f"{prefix}self.query.weight" not in state_dict:
+    if not module.self.config.is_stock or f"{prefix}self.query.weight" not in state_dict:
         return
     for kind in ("weight", "bias"):
         state_dict[f"{prefix}self.projection.{kind}"] = torch.cat(
@@ -77,8 +79,11 @@ class SharedBertLayer(GradientCheckpointingLayer):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask=None, **kwargs) -> torch.Tensor:
-        attended = self.attention(hidden_states, attention_mask, **kwargs)
+    # Shared weights are positional, like all that wants a gradient through checkpointing.
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask=None, *shared_weights: torch.Tensor, **kwargs
+    ) -> torch.Tensor:
+        attended = self.attention(hidden_states, attention_mask, *shared_weights, **kwargs)
         return self.output(self.intermediate(attended), attended)
 
 
@@ -86,10 +91,12 @@ class SharedBertEncoder(nn.Module):
     def __init__(self, config: SharedBertConfig):
         super().__init__()
         self.layer = nn.ModuleList([SharedBertLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.depth_sharing = make_depth_sharing(config)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, **kwargs) -> BaseModelOutput:
-        for layer in self.layer:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        weights = shared_weights(self.depth_sharing, len(self.layer))
+        for layer, layer_weights in zip(self.layer, weights, strict=True):
+            hidden_states = layer(hidden_states, attention_mask, *layer_weights, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -112,6 +119,8 @@ class SharedBertPreTrainedModel(BertPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SelfAttention):
             module.init_weights()
+        if isinstance(module, LowRankLinear | SharedLinear | SharedMatrix):
+            module.init_weights(self.config.initializer_range)
 
 
 class SharedBertModel(SharedBertPreTrainedModel):

@@ -27,8 +27,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import SelfAttention
 from .configuration_shared_gpt import SharedGptConfig
+from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
 from .losses import linear_cross_entropy
 from .packing import attention_inputs, check_length, document_positions
+from .projections import LowRankLinear, SharedLinear
 
 
 class SharedGptMLP(nn.Module):
@@ -53,10 +55,18 @@ class SharedGptBlock(GradientCheckpointingLayer):
         self.attn.output.adds_to_residual = self.mlp.c_proj.adds_to_residual = True
         self.register_load_state_dict_pre_hook(_translate_stock_names)
 
+    # Shared weights are positional, like all that wants a gradient through checkpointing.
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask=None, past_key_values: Cache | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask=None,
+        *shared_weights: torch.Tensor,
+        past_key_values: Cache | None = None,
+        **kwargs,
     ) -> torch.Tensor:
-        attended, _ = self.attn(self.ln_1(hidden_states), attention_mask, past_key_values, **kwargs)
+        attended, _ = self.attn(
+            self.ln_1(hidden_states), attention_mask, *shared_weights, past_key_values=past_key_values, **kwargs
+        )
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.ln_2(hidden_states)))
 
@@ -67,7 +77,7 @@ def _layer_norm(config: SharedGptConfig) -> nn.LayerNorm:
 
 def _translate_stock_names(module, state_dict, prefix, *args):
     """Renames and transposes the matrices of a stock block, where the scheme is ``standard``."""
-    if module.attn.config.attention_scheme != "standard" or f"{prefix}attn.c_attn.weight" not in state_dict:
+    if not module.attn.config.is_stock or f"{prefix}attn.c_attn.weight" not in state_dict:
         return
     for stock, ours in (
         ("attn.c_attn", "attn.projection"),
@@ -98,10 +108,14 @@ class SharedGptPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SelfAttention):
             module.init_weights()
+        std = self.config.initializer_range
         if getattr(module, "adds_to_residual", False):
             # Every block adds to the residual stream twice; GPT-2 starts these matrices smaller to match.
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.weight, std=std)
+            std /= math.sqrt(2 * self.config.num_hidden_layers)
+            if isinstance(module, nn.Linear):
+                init.normal_(module.weight, std=std)
+        if isinstance(module, LowRankLinear | SharedLinear | SharedMatrix):
+            module.init_weights(std)
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
@@ -118,6 +132,9 @@ class SharedGptModel(SharedGptPreTrainedModel):
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.drop = nn.Dropout(config.hidden_dropout_prob)
         self.h = nn.ModuleList([SharedGptBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.depth_sharing = make_depth_sharing(config)
+        if "output" in config.shared_maps and self.depth_sharing is not None:
+            self.depth_sharing["o"].adds_to_residual = True
         self.ln_f = _layer_norm(config)
         self.post_init()
 
@@ -177,8 +194,11 @@ class SharedGptModel(SharedGptPreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
 
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
-        for block in self.h:
-            hidden_states = block(hidden_states, mask, past_key_values=past_key_values, **packing, **kwargs)
+        weights = shared_weights(self.depth_sharing, len(self.h))
+        for block, block_weights in zip(self.h, weights, strict=True):
+            hidden_states = block(
+                hidden_states, mask, *block_weights, past_key_values=past_key_values, **packing, **kwargs
+            )
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(hidden_states),
             past_key_values=past_key_values if use_cache else None,
