@@ -17,11 +17,12 @@ from transformers import (
     GPT2Tokenizer,
 )
 
-from . import modeling
-from .modeling import *  # noqa: F403 - modeling.__all__ is the list
+from . import conversion, modeling
+from .conversion import *  # noqa: F403 - each folder's __all__ is the list
+from .modeling import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = modeling.__all__
+__all__ = [*modeling.__all__, *conversion.__all__]
 
 
 def _register(config, tokenizer, models):

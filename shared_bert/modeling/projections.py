@@ -45,9 +45,10 @@ class LowRankLinear(nn.Module):
         result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return result if self.bias is None else result + self.bias
 
-    def weight(self) -> torch.Tensor:
-        """Multiplies the factors out: [out, in]."""
-        return torch.cat([up @ down for up, down in zip(self.up, self.down.split(self.ranks), strict=True)])
+    def double_weight(self) -> torch.Tensor:
+        """Multiplies the factors out, in float64: [out, in]."""
+        downs = self.down.double().split(self.ranks)
+        return torch.cat([up.double() @ down for up, down in zip(self.up, downs, strict=True)])
 
 
 class SharedLinear(nn.Module):
