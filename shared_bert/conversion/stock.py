@@ -1,5 +1,7 @@
 """Stock BERT and GPT-2 beside this package's models: what corresponds to what, and the way out, `to_stock`."""
 
+import copy
+
 import torch
 from transformers import (
     BertConfig,
@@ -76,7 +78,8 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
 
     Every scheme and every depth sharing can be expressed so: an identity query becomes the identity matrix, a factor
     on the logits part of the query, a missing bias zeros, and grouped keys are repeated. The copy has the model's
-    dtype, device and mode, gives the same outputs, and needs nothing of this package.
+    dtype, device and mode, gives the same outputs, and needs nothing of this package. (GPT-2's sequence classifier
+    finds the end of a text by `pad_token_id` only, not by the mask.)
 
     Raises:
         ValueError: the model is none of `STOCK_CLASSES` (a head of one's own, a model wrapped by adapters).
@@ -101,14 +104,17 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
         for name in [name for name in state if "mlp.c_" in name and name.endswith("weight")]:
             state[name] = state[name].T
         _write_gpt2_attention(model, state)
-    stock = _build(stock_class, _stock_config(model.config), model)
+    config = _stock_config(model.config)
+    if stock_class is BertForQuestionAnswering:
+        config.num_labels = 2  # a start and an end, whatever the labels of the checkpoint were
+    stock = _build(stock_class, config, model)
     if not is_bert:
         # GPT-2 has biases everywhere.
         zeros = {n: torch.zeros_like(p) for n, p in stock.named_parameters() if n.endswith("bias") and n not in state}
         state |= zeros
     stock.load_state_dict(state)
     if getattr(model, "generation_config", None) is not None:
-        stock.generation_config = model.generation_config
+        stock.generation_config = copy.deepcopy(model.generation_config)
     return stock
 
 
@@ -132,7 +138,7 @@ def read_stock(model: PreTrainedModel) -> PreTrainedModel:
     shared = _build(shared_class, _shared_config(config), model)
     shared.load_state_dict(model.state_dict())
     if getattr(model, "generation_config", None) is not None:
-        shared.generation_config = model.generation_config
+        shared.generation_config = copy.deepcopy(model.generation_config)
     return shared
 
 
