@@ -146,6 +146,13 @@ class DepthSharing(nn.ModuleDict):
         groups = next(iter(self.values())).groups
         return [weights[group] for group in groups]
 
+    def fix_coefficients(self):
+        """Puts the coefficients in the place of the networks that make them, in the config too: for inference."""
+        if self.config.coefficient_source == "network":
+            for matrix in self.values():
+                matrix.fix_coefficients()
+            self.config.coefficient_source = "direct"
+
 
 def make_depth_sharing(config) -> DepthSharing | None:
     """Makes what the layers of a model share; None where every layer has all of its own."""
