@@ -178,16 +178,16 @@ def test_what_is_no_model_of_this_package_is_refused():
             super().__init__()
             self.model = model
 
-    with pytest.raises(ValueError, match="BertModel has no stock counterpart.*SharedBertModel"):
+    with pytest.raises(ValueError, match=r"BertModel has no stock counterpart.*SharedBertModel"):
         shared_bert.to_stock(BertModel(STOCK_BERT))
     with pytest.raises(ValueError, match="Headed has no stock counterpart"):
         shared_bert.to_stock(Headed(tiny_config("bert")))
-    with pytest.raises(ValueError, match="Wrapper has no stock counterpart.*merge adapters"):
+    with pytest.raises(ValueError, match=r"Wrapper has no stock counterpart.*merge adapters"):
         shared_bert.to_stock(Wrapper(random_model(shared_bert.SharedBertModel)))
 
 
 def test_what_has_no_counterpart_here_is_refused():
-    with pytest.raises(ValueError, match="BertForPreTraining cannot be converted.*BertForMaskedLM"):
+    with pytest.raises(ValueError, match=r"BertForPreTraining cannot be converted.*BertForMaskedLM"):
         read_stock(BertForPreTraining(STOCK_BERT))
     with pytest.raises(ValueError, match="GPT2DoubleHeadsModel cannot be converted"):
         read_stock(GPT2DoubleHeadsModel(STOCK_GPT2))

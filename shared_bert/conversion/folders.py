@@ -1,0 +1,75 @@
+"""Saved models: loaded with the class they name, and written into folders that appear whole or not at all."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedModel
+
+# What goes with a model unchanged: its tokenizer's files, and how sentence-transformers pools its hidden states.
+_COPIED = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
+    "chat_template*", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
+    "[0-9]_*/config.json",
+)  # fmt: skip
+
+
+def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> PreTrainedModel:
+    """Loads a model of a folder or of the Hub with the class that its config's `architectures` names.
+
+    Raises:
+        ValueError: that class is none of `classes`, or weights are missing.
+        OSError: there is no such model.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    names = config.architectures or ["model of no named class"]
+    cls = next((cls for cls in classes if names == [cls.__name__]), None)
+    if cls is None:
+        raise ValueError(
+            f"{name_or_path} holds a {', '.join(names)} and must be one of {', '.join(c.__name__ for c in classes)}"
+        )
+    model, info = cls.from_pretrained(name_or_path, config=config, output_loading_info=True)
+    if info["missing_keys"] and all(name.startswith("pooler.") for name in info["missing_keys"]):
+        model, info = cls.from_pretrained(name_or_path, output_loading_info=True, add_pooling_layer=False)
+    if lacking := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+        raise ValueError(f"{name_or_path} lacks weights of a {cls.__name__}: {', '.join(lacking[:3])}")
+    return model
+
+
+def copy_tokenizer(name_or_path: str, folder: Path):
+    """Copies the tokenizer's files of a model into `folder`, as they are; none where it has none."""
+    source = Path(name_or_path)
+    if not source.is_dir():
+        source = Path(snapshot_download(name_or_path, allow_patterns=list(_COPIED)))
+    for path in (path for pattern in _COPIED for path in source.glob(pattern) if path.is_file()):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+
+
+def check_free(output: str | Path):
+    """Raises a ValueError where `output` is anything but missing or an empty folder."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder: name another")
+
+
+@contextmanager
+def whole_folder(output: str | Path) -> Iterator[Path]:
+    """Gives a folder to write into, ``output.unfinished``, which takes the name `output` when all is written.
+
+    Raises:
+        ValueError: `output` exists and is not an empty folder.
+    """
+    check_free(output)
+    output = Path(output).resolve()
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
