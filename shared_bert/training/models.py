@@ -1,6 +1,8 @@
 """The model that the arguments describe: its config's fields, its kind, and itself."""
 
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 import shared_bert  # noqa: F401 (registers the models with the Auto classes)
 
+from ..modeling.depth_sharing import DepthSharing
 from .arguments import ModelArguments
+from .checkpoints import UNFINISHED
 from .yaml_files import check_keys, load_mapping
 
 # What each model type is trained to do: masked or causal language modelling.
@@ -61,3 +65,20 @@ def make_model(
                 f"{problem.replace('_', ' ')} {weights}"
             )
     return model
+
+
+def fix_saved_coefficients(folder: str | Path):
+    """Replaces the networks that make the coefficients of a saved model, if it has any, by what they give."""
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "coefficient_source", "direct") == "direct":
+        return
+    model = make_model(config, folder)
+    for module in model.modules():
+        if isinstance(module, DepthSharing):
+            module.fix_coefficients()
+    whole = Path(folder, UNFINISHED)
+    shutil.rmtree(whole, ignore_errors=True)  # what a killed run left
+    model.save_pretrained(whole)
+    for path in whole.iterdir():
+        path.replace(Path(folder, path.name))
+    whole.rmdir()

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..modeling.depth_sharing import DepthSharing
+from ..modeling.projections import SharedLinear
+
 # Dense bfloat16 FLOP/s from the data sheets; the first name that the device's contains counts.
 _DATASHEET = {
     "B200": 2250e12,
@@ -23,19 +26,23 @@ def training_flops_per_token(model: PreTrainedModel, sequence_length: int, predi
     A token takes B + p·H + 2·L·n·d multiply-adds forward: B the elements of the base model's matrices, H those of
     the head's, p the share of positions that the head predicts, and 2·n·d for the logits and the weighted sum of
     attention in each of L layers of width d over n tokens. A multiply-add is 2 operations, and backward takes twice
-    forward: 6 in all. Embeddings are looked up and count nothing; masked-out attention counts in full.
+    forward: 6 in all. Embeddings are looked up and count nothing; masked-out attention counts in full. A matrix that
+    layers share counts in each of them; to assemble it takes nothing per token.
 
     Args:
         sequence_length: n, tokens per row.
         predicted_share: p, predicted positions per token.
     """
     base_modules = set(model.base_model.modules())
+    not_per_token = {part for m in base_modules if isinstance(m, DepthSharing | nn.Embedding) for part in m.modules()}
     base = head = 0
     for module in model.modules():
         matrices = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2)
+        if isinstance(module, SharedLinear):
+            matrices += module.in_features * module.out_features
         if module not in base_modules:
             head += matrices
-        elif not isinstance(module, nn.Embedding):
+        elif module not in not_per_token:
             base += matrices
     config = model.config
     attention = 2 * config.num_hidden_layers * sequence_length * config.hidden_size

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from .checkpoints import UNFINISHED
+from .models import fix_saved_coefficients
 from .throughput import peak_flops, training_flops_per_token
 
 
@@ -36,6 +37,7 @@ class PretrainingTrainer(Trainer):
     """`Trainer` for models of this package.
 
     Weight decay is for tensors of two or more dimensions: matrices and embeddings, not diagonals, biases or norms.
+    The coefficients of ``masa``, and the network that makes them, have none either.
     The log of training has besides `tokens_per_second` (of all processes, evaluation and saving left out) and `mfu`,
     the share of the devices' peak FLOP/s that this amounts to. Evaluation has besides `perplexity`.
     """
@@ -53,7 +55,11 @@ class PretrainingTrainer(Trainer):
         super().create_accelerator_and_postprocess()
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim >= 2 and "coefficients" not in name.split(".")
+        ]
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         if self._timed_tokens == 0:
@@ -126,6 +132,12 @@ class PretrainingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None):
+        super()._save(output_dir, state_dict)
+        # Checkpoints keep the network that makes the coefficients, for training to go on.
+        if self._unfinished is None and self.args.should_save:
+            fix_saved_coefficients(output_dir or self.args.output_dir)
 
     def _get_output_dir(self, trial) -> str:
         return str(self._unfinished or super()._get_output_dir(trial))

@@ -18,6 +18,7 @@ SHAPE = {
     "intermediate_size": 64,
     "max_position_embeddings": 32,
 }
+MASA = {**SHAPE, "depth_sharing": "masa", "num_atoms": 2, "depth_shared_matrices": "qkvo"}
 
 
 def write_text(path: Path, num_documents: int = 120) -> Path:

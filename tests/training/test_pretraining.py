@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from shared_bert import SharedBertForSequenceClassification
 from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain
+from shared_bert.training.checkpoints import UNFINISHED
 from shared_bert.training.trainer import PretrainingTrainer
 
 from ..conftest import tiny_model
-from .runs import SHAPE, recipe
+from .runs import MASA, SHAPE, recipe
 
 
 def run_here(folder, **changes):
@@ -160,7 +162,8 @@ def test_a_tokenizer_too_large_is_refused(tmp_path):
         )
 
 
-def test_decay_spares_diagonals_biases_and_norms(tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["direct", "network"])
+def test_decay_spares_diagonals_biases_norms_and_coefficients(tmp_path, monkeypatch, source):
     groups = {}
 
     class Groups(TrainerCallback):
@@ -175,10 +178,13 @@ def test_decay_spares_diagonals_biases_and_norms(tmp_path, monkeypatch):
         "__init__",
         lambda self, **kwargs: plain_init(self, callbacks=[Groups()], **kwargs),
     )
-    run_here(tmp_path, max_steps=1, weight_decay=0.1)
+    run_here(tmp_path, max_steps=1, weight_decay=0.1, config_overrides=MASA | {"coefficient_source": source})
     assert all(parameter.ndim >= 2 for parameter in groups[0.1].values())
-    assert all(parameter.ndim == 1 for parameter in groups[0.0].values())
-    assert any("diagonal" in name for name in groups[0.0])
+    assert any(name.endswith("atoms") for name in groups[0.1])
+    spared = {name: parameter for name, parameter in groups[0.0].items() if "coefficients" not in name}
+    assert all(parameter.ndim == 1 for parameter in spared.values())
+    assert any("diagonal" in name for name in spared)
+    assert len(groups[0.0]) - len(spared) == 2 * (1 if source == "direct" else 7)
 
 
 def test_checkpoints_rotate_and_the_best_is_loaded(tmp_path):
@@ -199,3 +205,32 @@ def test_checkpoints_rotate_and_the_best_is_loaded(tmp_path):
     saved = AutoModelForMaskedLM.from_pretrained(output_dir).state_dict()
     for name, tensor in AutoModelForMaskedLM.from_pretrained(best).state_dict().items():
         assert torch.equal(saved[name], tensor)
+
+
+@pytest.mark.parametrize("model_type", ["shared_bert", "shared_gpt"])
+def test_a_finished_model_has_coefficients_and_no_network(tmp_path, model_type):
+    output_dir = tmp_path / "run"
+    changes = {"model_type": model_type, "config_overrides": MASA | {"coefficient_source": "network"}}
+    auto_class = AutoModelForMaskedLM if model_type == "shared_bert" else AutoModelForCausalLM
+    input_ids = torch.arange(3, 19).view(2, 8)
+
+    def check():
+        checkpoint = auto_class.from_pretrained(output_dir / "checkpoint-10").eval()
+        final, info = auto_class.from_pretrained(output_dir, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (checkpoint.config.coefficient_source, final.config.coefficient_source) == ("network", "direct")
+        assert final.config.architectures == checkpoint.config.architectures
+        with torch.no_grad():
+            assert torch.equal(final.eval()(input_ids).logits, checkpoint(input_ids).logits)
+        folders = {path.name for path in output_dir.iterdir() if path.is_dir()}
+        assert folders == {"checkpoint-5", "checkpoint-10"}
+
+    run_here(tmp_path, **changes)
+    check()
+    shutil.rmtree(output_dir / "checkpoint-10")
+    run_here(tmp_path, resume_from_checkpoint="true", **changes)
+    check()
+    # Killed while it saved its end: nothing is left to train, and what was half written is no checkpoint.
+    (output_dir / UNFINISHED / "checkpoint-9").mkdir(parents=True)
+    run_here(tmp_path, resume_from_checkpoint="true", **changes)
+    check()

@@ -42,6 +42,35 @@ def test_causal_model():
     assert training_flops_per_token(model, LENGTH) == 6 * (LAYERS * layer + WIDTH * VOCABULARY)
 
 
+@pytest.mark.parametrize("auto_class", [AutoModelForMaskedLM, AutoModelForCausalLM])
+@pytest.mark.parametrize("matrices", ["qkv", "qkvo"])
+def test_depth_sharing(auto_class, matrices):
+    """Whoever shares a matrix computes as much as who has his own; the factors of a low rank take less."""
+
+    def flops(**sharing):
+        config_class = SharedBertConfig if auto_class is AutoModelForMaskedLM else SharedGptConfig
+        config = config_class(
+            attention_scheme="standard",
+            num_hidden_layers=LAYERS,
+            hidden_size=WIDTH,
+            num_attention_heads=HEADS,
+            vocab_size=VOCABULARY,
+            **sharing,
+        )
+        return training_flops_per_token(auto_class.from_config(config), LENGTH)
+
+    own = flops()
+    number = len(matrices) * LAYERS
+    common = {"depth_shared_matrices": matrices}
+    masa = {"depth_sharing": "masa", "num_atoms": 2, **common}
+    assert flops(**masa) == flops(**masa, coefficient_source="network") == own
+    for depth_sharing in ("sequential", "repeat_all_over"):
+        assert flops(depth_sharing=depth_sharing, num_groups=2, **common) == own
+    factors = 6 * number * 2 * 5 * WIDTH
+    assert flops(**masa, rank=5) == own + factors
+    assert flops(depth_sharing="low_rank", rank=5, **common) == own - 6 * number * WIDTH**2 + factors
+
+
 @pytest.mark.parametrize(
     ("name", "flops"),
     [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12)],
