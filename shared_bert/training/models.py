@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-import shared_bert  # noqa: F401 (registers the models with the Auto classes)
+import shared_bert
 
 from ..modeling.depth_sharing import DepthSharing
 from .arguments import ModelArguments
@@ -72,7 +72,7 @@ def fix_saved_coefficients(folder: str | Path):
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "coefficient_source", "direct") == "direct":
         return
-    model = make_model(config, folder)
+    model = getattr(shared_bert, config.architectures[0]).from_pretrained(folder)
     for module in model.modules():
         if isinstance(module, DepthSharing):
             module.fix_coefficients()
