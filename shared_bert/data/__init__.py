@@ -1,7 +1,8 @@
 """Text in, token blocks out: sources, tokenizers, packing, collation."""
 
 from .blocks import Blocks, CorpusStatistics, StreamedBlocks, corpus_statistics
-from .collation import CausalLanguageModelingCollator, MaskedLanguageModelingCollator
+from .calibration import calibration_batches
+from .collation import CausalLanguageModelingCollator, MaskedLanguageModelingCollator, collate_blocks
 from .packing import pack
 from .python_docs import load_python_docs
 from .sources import load_documents
@@ -13,7 +14,9 @@ __all__ = [
     "CorpusStatistics",
     "MaskedLanguageModelingCollator",
     "StreamedBlocks",
+    "calibration_batches",
     "check_tokenizer",
+    "collate_blocks",
     "corpus_statistics",
     "load_documents",
     "load_python_docs",

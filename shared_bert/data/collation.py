@@ -118,6 +118,12 @@ class CausalLanguageModelingCollator:
         return _batch(input_ids, labels, document_ids, self.separate_documents)
 
 
+def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Batches of blocks as they are: `input_ids` and `document_ids` (-1 at padding), int64 [batch, seq] both."""
+    input_ids, document_ids = map(torch.from_numpy, _stacked(rows))
+    return {"input_ids": input_ids, "document_ids": document_ids}
+
+
 def _stacked(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.stack([row[column] for row in rows]).astype(np.int64) for column in ("input_ids", "document_ids"))
 

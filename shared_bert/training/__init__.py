@@ -3,6 +3,7 @@
 try:
     from .arguments import DataArguments, ModelArguments, PretrainingArguments
     from .checkpoints import last_checkpoint
+    from .healing import heal
     from .pretraining import pretrain
     from .recipe import parse_recipe
     from .throughput import peak_flops, training_flops_per_token
@@ -15,6 +16,7 @@ __all__ = [
     "ModelArguments",
     "PretrainingArguments",
     "PretrainingTrainer",
+    "heal",
     "last_checkpoint",
     "parse_recipe",
     "peak_flops",

@@ -7,14 +7,20 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-def save_loss_curve(output_dir: str, log_history: list[dict[str, Any]], unigram_entropy: float | None, title: str):
+def save_loss_curve(
+    output_dir: str,
+    log_history: list[dict[str, Any]],
+    unigram_entropy: float | None,
+    title: str,
+    loss_name: str = "loss (nats per predicted token)",
+):
     """Writes `loss_curve.json` and `loss_curve.png`.
 
     Args:
         log_history: of `TrainerState`.
         unigram_entropy: of the training text in nats, the loss of a model that knows only how frequent each token
             is; None where it is not known.
-        title: of the picture.
+        title, loss_name: of the picture and its axis.
     """
     curve = {
         "title": title,
@@ -23,12 +29,12 @@ def save_loss_curve(output_dir: str, log_history: list[dict[str, Any]], unigram_
         "evaluation": [{"step": log["step"], "loss": log["eval_loss"]} for log in log_history if "eval_loss" in log],
     }
     Path(output_dir, "loss_curve.json").write_text(json.dumps(curve, indent=2), encoding="utf-8")
-    _draw(curve, Path(output_dir, "loss_curve.png"))
+    _draw(curve, loss_name, Path(output_dir, "loss_curve.png"))
 
 
-def _draw(curve: dict[str, Any], path: Path):
+def _draw(curve: dict[str, Any], loss_name: str, path: Path):
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per predicted token)", title=curve["title"])
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel=loss_name, title=curve["title"])
     for name, style in (
         ("train", {"color": "#9ab8d6", "linewidth": 1.2}),
         ("evaluation", {"color": "#c44e52", "linewidth": 1.8, "marker": "o", "markersize": 4}),

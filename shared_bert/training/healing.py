@@ -1,0 +1,210 @@
+"""Healing: a converted model learns from the model it was made of to do as that one does.
+
+The student is trained on plain text to give the teacher's hidden states after every layer and, where it has a head
+over the vocabulary, the teacher's predictions. No labels are needed, so any text will do.
+"""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..conversion.stock import SHARED_CLASSES, STOCK_CLASSES, read_stock
+from ..data import Blocks, StreamedBlocks, collate_blocks
+from ..data.packing import PADDING
+from ..modeling import (
+    SharedBertForMaskedLM,
+    SharedBertForMultipleChoice,
+    SharedGptForCausalLM,
+    SharedGptPreTrainedModel,
+)
+from .arguments import DataArguments, PretrainingArguments
+from .checkpoints import checkpoint_to_resume
+from .loss_curve import save_loss_curve
+from .pretraining import _EndlessBlocks, _load_documents, _pack, _RunRemover
+from .trainer import PretrainingTrainer
+
+_LANGUAGE_MODELS = (SharedBertForMaskedLM, SharedGptForCausalLM)
+
+
+def heal(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    training_args: PretrainingArguments,
+) -> dict[str, float]:
+    """Trains a converted model to do as the original does (see `HealingTrainer`), and saves it with its tokenizer.
+
+    `output_dir` gets what `pretrain` leaves there. A head that is not over the vocabulary, and a pooler, stay as
+    they are: they read hidden states, which come closer to the teacher's.
+
+    Args:
+        model: the student, one of the classes of `STOCK_CLASSES`.
+        teacher: the original: stock, or of this package. Its weights stay as they are.
+        tokenizer: of both.
+        data_args: the text; what it says of masks is not used, since nothing is masked.
+
+    Returns:
+        The metrics of training and of the final evaluation.
+
+    Raises:
+        ValueError: models that do not go together, or arguments that contradict them or one another; before any
+            training.
+        FileNotFoundError: text that is not there.
+    """
+    if type(teacher) in SHARED_CLASSES:
+        teacher = read_stock(teacher)
+    checkpoint = checkpoint_to_resume(
+        training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
+    )
+    check_healing(model, teacher, tokenizer, data_args, training_args)
+    with training_args.main_process_first(local=False, desc="reading and packing the text"):
+        documents = _load_documents(data_args, training_args.seed)
+        blocks = {split: _pack(split, part, tokenizer, data_args) for split, part in documents.items()}
+
+    if isinstance(model, SharedGptPreTrainedModel) and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # by which a classifier finds the ends of texts
+    unused = _parameters_without_gradient(model)
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    set_seed(training_args.seed)
+    trainer = HealingTrainer(
+        model=model,
+        teacher=teacher,
+        args=training_args,
+        data_collator=collate_blocks,
+        train_dataset=_EndlessBlocks(blocks["train"]) if data_args.streaming else Blocks(blocks["train"]),
+        eval_dataset=StreamedBlocks(blocks["validation"]) if data_args.streaming else Blocks(blocks["validation"]),
+        processing_class=tokenizer,
+    )
+    if training_args.overwrite_output_dir:
+        trainer.add_callback(_RunRemover)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    for parameter in unused:
+        parameter.requires_grad_(True)
+    model.config.use_cache = True  # Trainer turned it off for training
+    trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    evaluation = trainer.evaluate()
+    trainer.save_metrics("eval", evaluation)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        title = f"{type(model).__name__} ({model.config.attention_scheme}), healing"
+        log, loss_name = trainer.state.log_history, "relative error of hidden states + KL divergence (nats)"
+        save_loss_curve(training_args.output_dir, log, None, title, loss_name)
+        print(f"healed to a loss of {evaluation['eval_loss']:.4f}; the model is in {training_args.output_dir}")
+    return {**metrics, **evaluation}
+
+
+def check_healing(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    training_args: PretrainingArguments,
+):
+    """Raises the ValueError of `heal` where its arguments do not go together; the text is not read."""
+    if type(model) not in STOCK_CLASSES:
+        raise ValueError(
+            f"{type(model).__name__} cannot be healed: give one of {', '.join(cls.__name__ for cls in STOCK_CLASSES)}"
+        )
+    teacher_class = SHARED_CLASSES.get(type(teacher), type(teacher))
+    if teacher_class is not type(model):
+        raise ValueError(f"a {type(teacher).__name__} cannot teach a {type(model).__name__}: their heads must agree")
+    for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if getattr(model.config, field) != getattr(teacher.config, field):
+            raise ValueError(
+                f"the model has {field}={getattr(model.config, field)} and its teacher "
+                f"{getattr(teacher.config, field)}: they must agree"
+            )
+    if model.dtype != torch.float32:
+        raise ValueError(f"the model is in {model.dtype}: train it in float32 (bf16=true computes in bfloat16)")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={model.config.vocab_size}"
+        )
+    if (data_args.dataset_name is None) == (data_args.train_file is None):
+        raise ValueError("healing needs text: give exactly one of dataset_name and train_file")
+    most = min(model.config.max_position_embeddings, teacher.config.max_position_embeddings)
+    if data_args.block_size > most:
+        raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")
+    if data_args.streaming and training_args.max_steps <= 0:
+        raise ValueError(f"streaming=true has no end: max_steps={training_args.max_steps} must be above 0")
+    if data_args.streaming and training_args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"streaming=true is read by one worker: dataloader_num_workers={training_args.dataloader_num_workers} "
+            "must be 0 or 1"
+        )
+    if training_args.gradient_checkpointing:
+        raise ValueError(
+            "activation_checkpointing=true has no effect in eval mode, in which healing runs (without dropout): "
+            "leave it out"
+        )
+
+
+class HealingTrainer(PretrainingTrainer):
+    """Distils a teacher into its converted model: the loss is `healing_loss`, in training and in evaluation.
+
+    Both run in eval mode: the target is what the teacher gives without dropout, so the student has none either.
+
+    Args:
+        teacher: a model of this package with the student's class, layers and hidden size.
+    """
+
+    loss_is_scaled_for_ga = False  # it is the mean of one batch; Trainer averages accumulated ones
+
+    def __init__(self, *args, teacher: PreTrainedModel, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.to(self.args.device).eval()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        predicts_tokens = isinstance(self.model, _LANGUAGE_MODELS)
+        teacher = self.teacher if predicts_tokens else self.teacher.base_model
+        options = {"document_ids": inputs["document_ids"], "output_hidden_states": True}
+        if isinstance(self.model, SharedGptPreTrainedModel):
+            options["use_cache"] = False
+        with torch.no_grad(), self.accelerator.autocast():
+            expected = teacher(inputs["input_ids"], **options)
+        input_ids = inputs["input_ids"]
+        if isinstance(self.model, SharedBertForMultipleChoice):
+            input_ids = input_ids.unsqueeze(1)  # one choice each
+        outputs = model.eval()(input_ids, **options)
+        is_text = inputs["document_ids"] != PADDING
+        loss = healing_loss(outputs, expected, is_text, predicts_tokens)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._timed_tokens = 0
+        return super(PretrainingTrainer, self).evaluation_loop(*args, **kwargs)  # this loss has no perplexity
+
+
+def _parameters_without_gradient(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Lists what the loss does not depend on: a head that is not over the vocabulary, and a pooler."""
+    if isinstance(model, _LANGUAGE_MODELS):
+        return []
+    used = {id(p) for name, p in model.base_model.named_parameters() if not name.startswith("pooler.")}
+    return [parameter for parameter in model.parameters() if id(parameter) not in used]
+
+
+def healing_loss(student, teacher, is_text: torch.Tensor, predicts_tokens: bool) -> torch.Tensor:
+    """How far a student's outputs are from its teacher's.
+
+    The mean over the layers of ‖student - teacher‖² / ‖teacher‖² of their hidden states, embeddings excluded; where
+    a model `predicts_tokens`, the mean KL divergence from the teacher's to the student's predictions in nats besides.
+
+    Args:
+        student, teacher: outputs with `hidden_states` (the embeddings first) and, if needed, `logits`.
+        is_text: boolean [batch, seq], False at padding, which does not count.
+    """
+    errors = []
+    for found, expected in zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True):
+        found, expected = found[is_text].float(), expected[is_text].float()
+        errors.append((found - expected).square().sum() / expected.square().sum())
+    loss = torch.stack(errors).mean()
+    if predicts_tokens:
+        found, expected = (outputs.logits[is_text].float().log_softmax(-1) for outputs in (student, teacher))
+        loss = loss + torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean")
+    return loss
