@@ -1,5 +1,17 @@
 """Measurements: what a model costs, and what it is worth."""
 
 from .efficiency import StepSettings, TrainingStep, compare_training_steps, environment, peak_memory
+from .parameters import Cost, cost_table, load_config, model_cost, standard_config
 
-__all__ = ["StepSettings", "TrainingStep", "compare_training_steps", "environment", "peak_memory"]
+__all__ = [
+    "Cost",
+    "StepSettings",
+    "TrainingStep",
+    "compare_training_steps",
+    "cost_table",
+    "environment",
+    "load_config",
+    "model_cost",
+    "peak_memory",
+    "standard_config",
+]

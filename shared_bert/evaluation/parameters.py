@@ -1,0 +1,130 @@
+"""How many parameters a config has and where, and what they save beside standard attention."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..modeling import SelfAttention
+from ..modeling.depth_sharing import DepthSharing
+from ..training.arguments import ModelArguments
+from ..training.models import config_fields, make_model
+from ..training.throughput import training_flops_per_token
+
+# What a config's fields must be for every layer to have a query, a key and a value matrix of its own.
+_STANDARD = {
+    "attention_scheme": "standard",
+    "attention_scale": None,
+    "num_key_value_heads": None,
+    "depth_sharing": "none",
+    "num_atoms": None,
+    "num_groups": None,
+    "rank": None,
+    "layer_ranks": None,
+    "coefficient_source": "direct",
+}
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | str | None = None) -> PreTrainedConfig:
+    """Reads the config of a YAML or JSON file with a `model_type`, or of a saved model's folder.
+
+    Args:
+        overrides: fields that replace others: a mapping, or "a=1,b=x".
+
+    Raises:
+        ValueError: a file that is missing or no config, an unknown field, or a value without meaning.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path} is no saved model: it has no config.json")
+    if path.is_dir():
+        source = {"model_name_or_path": str(path)}
+    else:
+        source = {"config_name": str(path), "tokenizer_vocab_size": 1}  # a tokenizer must be named; none is made
+    try:
+        return AutoConfig.for_model(**config_fields(ModelArguments(config_overrides=overrides, **source)))
+    except (StrictDataclassError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model with its language-model head costs.
+
+    Args:
+        parameters: their number by group; every one is in one group, and tied ones count once. "attention" has the
+            matrices that layers share too, "other" the norms and the head.
+        forward_flops: floating-point operations per token, with the head at every position.
+    """
+
+    parameters: dict[str, int]
+    forward_flops: float
+
+    @property
+    def total(self) -> int:
+        return sum(self.parameters.values())
+
+
+def model_cost(config: PreTrainedConfig, sequence_length: int) -> Cost:
+    """Counts the cost of a config, of which no weight is made.
+
+    The network that makes coefficients in training counts as the coefficients that replace it.
+    """
+    with torch.device("meta"):
+        model = make_model(_with_fields(config, coefficient_source="direct"))
+    # Backward takes twice the operations of forward.
+    return Cost(_parameters_by_group(model), training_flops_per_token(model, sequence_length) / 3)
+
+
+def standard_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Gives the same shape and head with standard attention, nothing of it shared."""
+    return _with_fields(config, **_STANDARD)
+
+
+def _with_fields(config: PreTrainedConfig, **fields) -> PreTrainedConfig:
+    return AutoConfig.for_model(**config.to_dict() | fields)
+
+
+def _parameters_by_group(model: PreTrainedModel) -> dict[str, int]:
+    groups = dict.fromkeys(("attention", "MLP", "embeddings", "other"), 0)
+    group_of = {}
+    for module in model.modules():
+        if isinstance(module, SelfAttention | DepthSharing):
+            group_of |= dict.fromkeys(module.modules(), "attention")
+        elif isinstance(module, nn.Embedding):
+            group_of[module] = "embeddings"
+    # All other matrices of the base model are the MLP's.
+    for module in model.base_model.modules():
+        if isinstance(module, nn.Linear):
+            group_of.setdefault(module, "MLP")
+    for name, parameter in model.named_parameters():  # gives tied ones once, under their first name
+        module = model.get_submodule(name.rpartition(".")[0])
+        groups[group_of.get(module, "other")] += parameter.numel()
+    return groups
+
+
+def cost_table(config: PreTrainedConfig, sequence_length: int | None = None) -> str:
+    """Sets the cost of a config beside that of `standard_config`, group by group, with the share saved.
+
+    Args:
+        sequence_length: tokens per row, on which the FLOPs depend; None takes `max_position_embeddings`.
+
+    Raises:
+        ValueError: a length that is not from 1 to `max_position_embeddings`.
+    """
+    longest = config.max_position_embeddings
+    length = longest if sequence_length is None else sequence_length
+    if not 1 <= length <= longest:
+        raise ValueError(f"sequence_length={length} must be at least 1 and at most max_position_embeddings={longest}")
+    own, standard = (model_cost(c, length) for c in (config, standard_config(config)))
+    rows = [(group, own.parameters[group], standard.parameters[group]) for group in own.parameters]
+    rows.append(("parameters", own.total, standard.total))
+    rows.append(("forward FLOPs/token", own.forward_flops, standard.forward_flops))
+    lines = [f"{config.model_type}, {config.attention_scheme}, depth sharing {config.depth_sharing}; rows of {length}"]
+    lines.append(f"{'':20}{'this':>16}{'standard':>16}{'saved':>9}")
+    lines += [f"{name:20}{count:16,.0f}{other:16,.0f}{1 - count / other:9.1%}" for name, count, other in rows]
+    return "\n".join(lines)
