@@ -1,17 +1,20 @@
-"""Measures this package beside stock transformers.
+"""Measures this package beside stock transformers, and depth sharing beside its absence.
 
 python scripts/benchmark.py train                      # the table of the README, on this machine
 python scripts/benchmark.py train --task mlm --shapes 8x128 --scheme pairwise
 python scripts/benchmark.py train --device cuda --precision bf16 --compile
+python scripts/benchmark.py depth                      # what assembling the matrices of MASA adds to a step
 """
 
 import argparse
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import shared_bert
 from shared_bert.evaluation import StepSettings, compare_training_steps, environment
+from shared_bert.training.arguments import read_overrides
 
 DEFAULT_SCHEMES = {"mlm": "shared", "clm": "query_free"}
 
@@ -28,34 +31,62 @@ def commit() -> str:
         return "unknown"
 
 
+def step_settings(arguments: argparse.Namespace, task: str, batch: tuple[int, int], scheme: str) -> StepSettings:
+    return StepSettings(
+        task,
+        *batch,
+        scheme,
+        precision=arguments.precision,
+        compiled=arguments.compile,
+        device=arguments.device,
+        model_fields=tuple(read_overrides(arguments.model_fields).items()),
+    )
+
+
 def train(arguments: argparse.Namespace):
     rows = []
     print(f"{'task':5} {'scheme':11} {'batch':>9} {'stock s':>8} {'shared s':>8} {'memory':>7} {'speedup':>8}")
     for task in arguments.task:
-        for batch_size, sequence_length in arguments.shapes:
+        for batch in arguments.shapes:
             scheme = arguments.scheme or DEFAULT_SCHEMES[task]
-            settings = StepSettings(
-                task,
-                batch_size,
-                sequence_length,
-                scheme,
-                precision=arguments.precision,
-                compiled=arguments.compile,
-                device=arguments.device,
-            )
-            row = compare_training_steps(settings, arguments.rounds)
+            settings = step_settings(arguments, task, batch, scheme)
+            compared = {"stock": replace(settings, attention_scheme=None), "shared": settings}
+            row = compare_training_steps(compared, arguments.rounds)
             rows.append(row)
             seconds = row["seconds_per_step"]
             print(
-                f"{task:5} {scheme:11} {batch_size:>4}x{sequence_length:<4} {seconds['stock']:8.3f} "
+                f"{task:5} {scheme:11} {batch[0]:>4}x{batch[1]:<4} {seconds['stock']:8.3f} "
                 f"{seconds['shared']:8.3f} {row['memory_ratio']:6.2f}x {row['speedup']:7.2f}x",
                 flush=True,
             )
+    write(arguments, rows)
+    print("speedup: " + ", ".join(f"{row['speedup']:.2f}" for row in rows))
+
+
+def depth(arguments: argparse.Namespace):
+    rows = []
+    print(f"{'task':5} {'scheme':11} {'batch':>9} {'own s':>8} {'shared s':>8} {'memory':>7} {'overhead':>8}")
+    for batch in arguments.shapes:
+        own = step_settings(arguments, arguments.task, batch, arguments.scheme)
+        sharing = tuple(read_overrides(arguments.sharing).items())
+        compared = {"own": own, "shared": replace(own, model_fields=own.model_fields + sharing)}
+        row = compare_training_steps(compared, arguments.rounds)
+        row["overhead"] = 1 / row["speedup"] - 1
+        rows.append(row)
+        seconds = row["seconds_per_step"]
+        print(
+            f"{arguments.task:5} {arguments.scheme:11} {batch[0]:>4}x{batch[1]:<4} {seconds['own']:8.3f} "
+            f"{seconds['shared']:8.3f} {row['memory_ratio']:6.2f}x {row['overhead']:8.1%}",
+            flush=True,
+        )
+    write(arguments, rows)
+
+
+def write(arguments: argparse.Namespace, rows: list[dict]):
     result = {"commit": commit(), **environment(arguments.device), "results": rows}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {arguments.output}")
-    print("speedup: " + ", ".join(f"{row['speedup']:.2f}" for row in rows))
 
 
 def main():
@@ -63,16 +94,28 @@ def main():
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("train", help="a training step beside the stock model's of the same shape")
     command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
-    command.add_argument("--shapes", nargs="+", type=shape, default=[(8, 128), (4, 512)], metavar="BATCHxTOKENS")
     command.add_argument("--scheme", choices=shared_bert.SCHEMES, help="default: shared (mlm), query_free (clm)")
+    add_common_options(command, [(8, 128), (4, 512)])
+    command.set_defaults(run=train, output=Path("runs/benchmark_train.json"))
+    command = commands.add_parser("depth", help="a training step beside that of layers with matrices of their own")
+    command.add_argument("--task", choices=DEFAULT_SCHEMES, default="mlm")
+    command.add_argument("--scheme", choices=shared_bert.SCHEMES, default="standard")
+    masa = "depth_sharing=masa,num_atoms=4,depth_shared_matrices=qkvo,coefficient_source=network"
+    command.add_argument("--sharing", default=masa, help="config fields of the sharing model: a=1,b=x; default: masa")
+    add_common_options(command, [(8, 512), (32, 128)])
+    command.set_defaults(run=depth, output=Path("runs/benchmark_depth.json"))
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def add_common_options(command: argparse.ArgumentParser, shapes: list[tuple[int, int]]):
+    command.add_argument("--shapes", nargs="+", type=shape, default=shapes, metavar="BATCHxTOKENS")
+    command.add_argument("--model_fields", default="", help="config fields of both models: a=1,b=x")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     command.add_argument("--compile", action="store_true")
     command.add_argument("--rounds", type=int, default=9)
-    command.add_argument("--output", type=Path, default=Path("runs/benchmark_train.json"))
-    command.set_defaults(run=train)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    command.add_argument("--output", type=Path)
 
 
 if __name__ == "__main__":

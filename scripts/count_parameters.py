@@ -1,7 +1,7 @@
 """Counts a model's parameters beside those of standard attention.
 
 python scripts/count_parameters.py configs/models/shared_bert_base.yaml
-python scripts/count_parameters.py configs/models/shared_gpt_tiny.yaml --config_overrides depth_sharing=masa,num_atoms=4
+python scripts/count_parameters.py configs/models/shared_bert_base.yaml --config_overrides attention_scheme=pairwise
 python scripts/count_parameters.py runs/quickstart/shared_bert --sequence_length 64
 """
 

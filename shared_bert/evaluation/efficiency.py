@@ -1,4 +1,4 @@
-"""Speed and memory of a training step, beside the stock model of the same shape.
+"""Speed and memory of a training step, beside that of another model of the same shape.
 
 Machines are shared and noisy, so the two models take turns, step by step, and the ratio of their median times is
 what counts. A step is forward, backward and an AdamW update on the same random batch.
@@ -11,6 +11,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,33 +30,34 @@ class StepSettings:
     Args:
         task: "mlm" (BERT-base shape) or "clm" (GPT-2-small shape).
         batch_size, sequence_length: tokens per step are their product.
-        attention_scheme: of the shared model.
+        attention_scheme: of this package's model; None is the stock one.
         precision: "fp32" or "bf16" (autocast).
-        compiled: whether both models go through `torch.compile`.
+        compiled: whether the model goes through `torch.compile`.
         device: "cpu" or "cuda".
+        model_fields: other fields of the config, under the names of `SharedBertConfig`.
     """
 
     task: str
     batch_size: int
     sequence_length: int
-    attention_scheme: str
+    attention_scheme: str | None
     precision: str = "fp32"
     compiled: bool = False
     device: str = "cpu"
-    model_fields: tuple[tuple[str, int], ...] = ()  # other shapes, under the names of `SharedBertConfig`
+    model_fields: tuple[tuple[str, Any], ...] = ()
 
 
 class TrainingStep:
     """A model with its optimiser and a batch; a call runs one step and returns the loss in nats."""
 
-    def __init__(self, settings: StepSettings, stock: bool):
+    def __init__(self, settings: StepSettings):
         self.settings = settings
         torch.manual_seed(0)
-        config = (_stock_config if stock else _shared_config)(settings)
+        config = (_stock_config if settings.attention_scheme is None else _shared_config)(settings)
         auto = AutoModelForMaskedLM if settings.task == "mlm" else AutoModelForCausalLM
         self.model = auto.from_config(config, attn_implementation="sdpa").to(settings.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.batch = _batch(settings, config.vocab_size, stock)
+        self.batch = _batch(settings, config.vocab_size)
         self.forward = torch.compile(self.model) if settings.compiled else self.model
 
     def __call__(self) -> float:
@@ -86,7 +88,7 @@ def _shared_config(settings: StepSettings):
     return SharedGptConfig(attention_scheme=settings.attention_scheme, **(biases | stock | fields))
 
 
-def _batch(settings: StepSettings, vocab_size: int, stock: bool) -> dict:
+def _batch(settings: StepSettings, vocab_size: int) -> dict:
     generator = torch.Generator().manual_seed(1)
     shape = (settings.batch_size, settings.sequence_length)
     input_ids = torch.randint(vocab_size, shape, generator=generator)
@@ -95,21 +97,21 @@ def _batch(settings: StepSettings, vocab_size: int, stock: bool) -> dict:
         predictions = round(MLM_PROBABILITY * settings.sequence_length)
         order = torch.rand(shape, generator=generator).argsort(dim=1)
         batch["labels"] = input_ids.masked_fill(order >= predictions, -100)
-        if not stock:
+        if settings.attention_scheme is not None:
             batch["num_predictions"] = predictions * settings.batch_size
     return {name: value.to(settings.device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def peak_memory(settings: StepSettings, stock: bool) -> int:
+def peak_memory(settings: StepSettings) -> int:
     """Bytes that building the model and two steps take at their peak, in a process of its own (CPU: Linux only)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory_here, (settings, stock))
+        return pool.apply(_peak_memory_here, (settings,))
 
 
-def _peak_memory_here(settings: StepSettings, stock: bool) -> int:
+def _peak_memory_here(settings: StepSettings) -> int:
     if settings.device == "cpu":
         before = _resident_peak()
-    step = TrainingStep(settings, stock)
+    step = TrainingStep(settings)
     for _ in range(2):
         step()
     return _resident_peak() - before if settings.device == "cpu" else torch.cuda.max_memory_allocated()
@@ -121,14 +123,18 @@ def _resident_peak() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
 
 
-def compare_training_steps(settings: StepSettings, rounds: int = 9, warmup: int = 2) -> dict:
-    """Times a stock and a shared model in turns.
+def compare_training_steps(compared: dict[str, StepSettings], rounds: int = 9, warmup: int = 2) -> dict:
+    """Times two models in turns, on batches of the same shape.
+
+    Args:
+        compared: the settings of both, under names of your choice; the first is what the second is measured against.
 
     Returns:
-        The settings, median seconds per step of both, their ratio (`speedup`, above 1 where the shared model is
-        faster), the quartiles of the ratios round by round, tokens per second, and peak memory in bytes.
+        By these names the settings, median seconds per step, tokens per second and peak memory in bytes; besides
+        `speedup`, the ratio of the median seconds (above 1 where the second model is faster), the quartiles of the
+        ratios round by round, and `memory_ratio`, second to first.
     """
-    steps = {"stock": TrainingStep(settings, stock=True), "shared": TrainingStep(settings, stock=False)}
+    steps = {name: TrainingStep(settings) for name, settings in compared.items()}
     times = {name: [] for name in steps}
     for round_ in range(warmup + rounds):
         for name, step in steps.items():
@@ -136,20 +142,21 @@ def compare_training_steps(settings: StepSettings, rounds: int = 9, warmup: int 
             step()  # reads the loss back, so a GPU has finished too
             if round_ >= warmup:
                 times[name].append(time.perf_counter() - start)
-    del steps
+    del steps, step
+    first, second = compared
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    ratios = [stock / shared for stock, shared in zip(times["stock"], times["shared"], strict=True)]
-    tokens = settings.batch_size * settings.sequence_length
-    memory = {name: peak_memory(settings, stock=name == "stock") for name in times}
+    ratios = [before / after for before, after in zip(times[first], times[second], strict=True)]
+    tokens = {name: settings.batch_size * settings.sequence_length for name, settings in compared.items()}
+    memory = {name: peak_memory(settings) for name, settings in compared.items()}
     return {
-        "settings": asdict(settings),
+        "settings": {name: asdict(settings) for name, settings in compared.items()},
         "rounds": rounds,
         "seconds_per_step": medians,
-        "speedup": medians["stock"] / medians["shared"],
+        "speedup": medians[first] / medians[second],
         "speedup_quartiles": statistics.quantiles(ratios, n=4) if rounds > 1 else ratios,
-        "tokens_per_second": {name: tokens / seconds for name, seconds in medians.items()},
+        "tokens_per_second": {name: tokens[name] / seconds for name, seconds in medians.items()},
         "peak_memory_bytes": memory,
-        "memory_ratio": memory["shared"] / memory["stock"],
+        "memory_ratio": memory[second] / memory[first],
     }
 
 
