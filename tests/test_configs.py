@@ -57,6 +57,7 @@ def test_accelerate_files_load(path):
         ("gpt_small_standard", 4, 491_520),
         ("gpt_small_query_free", 4, 491_520),
         ("gpt_small_query_free_wide", 4, 491_520),
+        ("masa_gpt_small", 4, 491_520),
     ],
 )
 def test_tokens_per_step_are_the_papers(recipe, devices, tokens):
@@ -78,3 +79,8 @@ def test_gpt_small_has_the_papers_parameters(recipe, millions):
 def test_shared_bert_base_has_the_papers_parameters():
     model = build(parse_recipe([str(CONFIGS / "pretrain" / "shared_bert_base.yaml"), "--use_cpu"])[0])
     assert model.num_parameters() == 95_367_738
+
+
+def test_masa_reads_the_papers_tokens_per_parameter():
+    model_args, _, training = parse_recipe([str(CONFIGS / "pretrain" / "masa_gpt_small.yaml"), "--use_cpu"])
+    assert 491_520 * training.max_steps / build(model_args).num_parameters() == pytest.approx(20, rel=0.01)
