@@ -5,6 +5,7 @@ over the vocabulary, the teacher's predictions. No labels are needed, so any tex
 """
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..conversion.stock import SHARED_CLASSES, STOCK_CLASSES, read_stock
@@ -56,10 +57,10 @@ def heal(
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
     )
-    check_healing(model, teacher, tokenizer, data_args, training_args)
+    _check_pair(model, teacher)
+    check_healing(teacher, tokenizer, data_args, training_args)
     with training_args.main_process_first(local=False, desc="reading and packing the text"):
-        documents = _load_documents(data_args, training_args.seed)
-        blocks = {split: _pack(split, part, tokenizer, data_args) for split, part in documents.items()}
+        blocks = healing_blocks(tokenizer, data_args, training_args)
 
     if isinstance(model, SharedGptPreTrainedModel) and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # by which a classifier finds the ends of texts
@@ -95,36 +96,43 @@ def heal(
     return {**metrics, **evaluation}
 
 
+def healing_blocks(
+    tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, training_args: PretrainingArguments
+) -> dict[str, Dataset | IterableDataset]:
+    """Packs the text of `heal`, under "train" and "validation"; raises its errors of text that is no use."""
+    documents = _load_documents(data_args, training_args.seed)
+    return {split: _pack(split, part, tokenizer, data_args) for split, part in documents.items()}
+
+
+def _check_pair(model: PreTrainedModel, teacher: PreTrainedModel):
+    if type(model) not in STOCK_CLASSES:
+        raise ValueError(
+            f"{type(model).__name__} cannot be healed: give one of {', '.join(cls.__name__ for cls in STOCK_CLASSES)}"
+        )
+    if type(teacher) is not type(model):
+        raise ValueError(f"a {type(teacher).__name__} cannot teach a {type(model).__name__}: their heads must agree")
+    for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        mine, theirs = getattr(model.config, field), getattr(teacher.config, field)
+        if mine != theirs:
+            raise ValueError(f"the model has {field}={mine} and its teacher {theirs}: they must agree")
+    if model.dtype != torch.float32:
+        raise ValueError(f"the model is in {model.dtype}: train it in float32 (bf16=true computes in bfloat16)")
+
+
 def check_healing(
-    model: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data_args: DataArguments,
     training_args: PretrainingArguments,
 ):
-    """Raises the ValueError of `heal` where its arguments do not go together; the text is not read."""
-    if type(model) not in STOCK_CLASSES:
+    """Raises the ValueError of `heal` for arguments that contradict one another or the model; reads no text."""
+    if len(tokenizer) > teacher.config.vocab_size:
         raise ValueError(
-            f"{type(model).__name__} cannot be healed: give one of {', '.join(cls.__name__ for cls in STOCK_CLASSES)}"
-        )
-    teacher_class = SHARED_CLASSES.get(type(teacher), type(teacher))
-    if teacher_class is not type(model):
-        raise ValueError(f"a {type(teacher).__name__} cannot teach a {type(model).__name__}: their heads must agree")
-    for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        if getattr(model.config, field) != getattr(teacher.config, field):
-            raise ValueError(
-                f"the model has {field}={getattr(model.config, field)} and its teacher "
-                f"{getattr(teacher.config, field)}: they must agree"
-            )
-    if model.dtype != torch.float32:
-        raise ValueError(f"the model is in {model.dtype}: train it in float32 (bf16=true computes in bfloat16)")
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={model.config.vocab_size}"
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={teacher.config.vocab_size}"
         )
     if (data_args.dataset_name is None) == (data_args.train_file is None):
         raise ValueError("healing needs text: give exactly one of dataset_name and train_file")
-    most = min(model.config.max_position_embeddings, teacher.config.max_position_embeddings)
+    most = teacher.config.max_position_embeddings
     if data_args.block_size > most:
         raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")
     if data_args.streaming and training_args.max_steps <= 0:
