@@ -99,6 +99,8 @@ def convert_and_heal(arguments: argparse.Namespace):
     if goes_on and not checkpoints(arguments.output):
         training_args.resume_from_checkpoint = None  # stopped before the first checkpoint
     heal(load_model(str(converted), STOCK_CLASSES), teacher, tokenizer, data_args, training_args)
+    if training_args.process_index == 0:
+        copy_tokenizer(arguments.model, Path(arguments.output))
 
 
 def write_converted(model: PreTrainedModel, arguments: argparse.Namespace, output: str | Path):

@@ -20,7 +20,7 @@ from ..modeling import (
 from .arguments import DataArguments, PretrainingArguments
 from .checkpoints import checkpoint_to_resume
 from .loss_curve import save_loss_curve
-from .pretraining import _EndlessBlocks, _load_documents, _pack, _RunRemover
+from .pretraining import EndlessBlocks, RunRemover, check_streaming, pack_split, read_documents
 from .trainer import PretrainingTrainer
 
 _LANGUAGE_MODELS = (SharedBertForMaskedLM, SharedGptForCausalLM)
@@ -73,12 +73,12 @@ def heal(
         teacher=teacher,
         args=training_args,
         data_collator=collate_blocks,
-        train_dataset=_EndlessBlocks(blocks["train"]) if data_args.streaming else Blocks(blocks["train"]),
+        train_dataset=EndlessBlocks(blocks["train"]) if data_args.streaming else Blocks(blocks["train"]),
         eval_dataset=StreamedBlocks(blocks["validation"]) if data_args.streaming else Blocks(blocks["validation"]),
         processing_class=tokenizer,
     )
     if training_args.overwrite_output_dir:
-        trainer.add_callback(_RunRemover)
+        trainer.add_callback(RunRemover)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     for parameter in unused:
         parameter.requires_grad_(True)
@@ -100,8 +100,8 @@ def healing_blocks(
     tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, training_args: PretrainingArguments
 ) -> dict[str, Dataset | IterableDataset]:
     """Packs the text of `heal`, under "train" and "validation"; raises its errors of text that is no use."""
-    documents = _load_documents(data_args, training_args.seed)
-    return {split: _pack(split, part, tokenizer, data_args) for split, part in documents.items()}
+    documents = read_documents(data_args, training_args.seed)
+    return {split: pack_split(split, part, tokenizer, data_args) for split, part in documents.items()}
 
 
 def _check_pair(model: PreTrainedModel, teacher: PreTrainedModel):
@@ -135,13 +135,7 @@ def check_healing(
     most = teacher.config.max_position_embeddings
     if data_args.block_size > most:
         raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")
-    if data_args.streaming and training_args.max_steps <= 0:
-        raise ValueError(f"streaming=true has no end: max_steps={training_args.max_steps} must be above 0")
-    if data_args.streaming and training_args.dataloader_num_workers > 1:
-        raise ValueError(
-            f"streaming=true is read by one worker: dataloader_num_workers={training_args.dataloader_num_workers} "
-            "must be 0 or 1"
-        )
+    check_streaming(data_args, training_args)
     if training_args.gradient_checkpointing:
         raise ValueError(
             "activation_checkpointing=true has no effect in eval mode, in which healing runs (without dropout): "

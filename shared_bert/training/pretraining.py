@@ -68,7 +68,7 @@ def pretrain(
     is_main = training_args.process_index == 0
     # The first process reads, and later packs; the others find the results in the cache.
     with training_args.main_process_first(local=False, desc="reading the text"):
-        documents = _load_documents(data_args, training_args.seed)
+        documents = read_documents(data_args, training_args.seed)
     if tokenizer_path:
         tokenizer = load_tokenizer(tokenizer_path)
     else:
@@ -83,7 +83,7 @@ def pretrain(
         )
         (tokenizer,) = broadcast_object_list([tokenizer])
     with training_args.main_process_first(local=False, desc="packing the text"):
-        blocks = {split: _pack(split, part, tokenizer, data_args) for split, part in documents.items()}
+        blocks = {split: pack_split(split, part, tokenizer, data_args) for split, part in documents.items()}
 
     set_seed(training_args.seed)
     config = _fit_config(stated, tokenizer, objective)
@@ -106,14 +106,14 @@ def pretrain(
         model=model,
         args=training_args,
         data_collator=_collator(objective, tokenizer, data_args, training_args.seed),
-        train_dataset=_EndlessBlocks(blocks["train"]) if data_args.streaming else Blocks(blocks["train"]),
+        train_dataset=EndlessBlocks(blocks["train"]) if data_args.streaming else Blocks(blocks["train"]),
         eval_dataset=StreamedBlocks(blocks["validation"]) if data_args.streaming else Blocks(blocks["validation"]),
         processing_class=tokenizer,
         compute_metrics=accuracy_of(objective),
         preprocess_logits_for_metrics=likeliest_tokens,
     )
     if training_args.overwrite_output_dir:
-        trainer.add_callback(_RunRemover)
+        trainer.add_callback(RunRemover)
     if checkpoint and is_main:
         print(f"resuming from {checkpoint}", flush=True)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -137,9 +137,8 @@ def pretrain(
     return {**metrics, **evaluation}
 
 
-def _check_arguments(
-    stated: dict[str, Any], model_args: ModelArguments, data_args: DataArguments, training_args: PretrainingArguments
-):
+def check_streaming(data_args: DataArguments, training_args: PretrainingArguments):
+    """Raises a ValueError where a stream could not be trained on."""
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError(f"streaming=true has no end: max_steps={training_args.max_steps} must be above 0")
     if data_args.streaming and training_args.dataloader_num_workers > 1:
@@ -147,6 +146,12 @@ def _check_arguments(
             f"streaming=true is read by one worker: dataloader_num_workers={training_args.dataloader_num_workers} "
             "must be 0 or 1"
         )
+
+
+def _check_arguments(
+    stated: dict[str, Any], model_args: ModelArguments, data_args: DataArguments, training_args: PretrainingArguments
+):
+    check_streaming(data_args, training_args)
     if data_args.whole_word_mask and OBJECTIVES[stated["model_type"]] != "mlm":
         raise ValueError(f"whole_word_mask=true is for masked models: a {stated['model_type']} masks nothing")
     config = AutoConfig.for_model(**stated)
@@ -176,7 +181,8 @@ def _fit_config(stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase, obje
     return config
 
 
-def _load_documents(arguments: DataArguments, seed: int) -> dict[str, Any]:
+def read_documents(arguments: DataArguments, seed: int) -> dict[str, Any]:
+    """Gives the documents of `load_documents`, by their split."""
     return load_documents(
         dataset_name=arguments.dataset_name,
         dataset_config_name=arguments.dataset_config_name,
@@ -192,7 +198,8 @@ def _load_documents(arguments: DataArguments, seed: int) -> dict[str, Any]:
     )
 
 
-def _pack(split: str, documents, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments):
+def pack_split(split: str, documents, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments):
+    """Packs the documents of a split, which errors name."""
     try:
         blocks = pack(
             documents,
@@ -215,7 +222,7 @@ def _collator(objective: str, tokenizer: PreTrainedTokenizerBase, arguments: Dat
     )
 
 
-class _RunRemover(TrainerCallback):
+class RunRemover(TrainerCallback):
     """Deletes the run that `output_dir` holds when all that can be wrong with the new one has been tried."""
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -223,7 +230,7 @@ class _RunRemover(TrainerCallback):
             remove_run(args.output_dir)
 
 
-class _EndlessBlocks(torch.utils.data.IterableDataset):
+class EndlessBlocks(torch.utils.data.IterableDataset):
     """A stream that begins anew where it ends: one epoch for Trainer, which cannot resume in a later one."""
 
     def __init__(self, dataset):

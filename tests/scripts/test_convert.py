@@ -222,7 +222,10 @@ def distance(kind, folder, stock, input_ids):
 
 def test_healing(convert, stock, text, tmp_path, kind, input_ids):
     folder, out = stock(kind), tmp_path / "out"
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
     assert convert(["from-stock", str(folder), str(out), *heal_options(text, "--max_steps", "60")]) == 0
+    assert (out / "1_Pooling" / "config.json").exists()
     assert {path.name for path in out.glob("checkpoint-*")} >= {"checkpoint-5", "checkpoint-60"}
     assert (out / "converted" / "conversion.json").exists()
     assert AutoTokenizer.from_pretrained(out).get_vocab()
