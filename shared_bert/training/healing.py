@@ -20,8 +20,8 @@ from ..modeling import (
 from .arguments import DataArguments, PretrainingArguments
 from .checkpoints import checkpoint_to_resume
 from .loss_curve import save_loss_curve
-from .pretraining import EndlessBlocks, RunRemover, check_streaming, pack_split, read_documents
-from .trainer import PretrainingTrainer
+from .pretraining import EndlessBlocks, RunRemover, check_launch, check_streaming, pack_split, read_documents
+from .trainer import PretrainingTrainer, uses_fsdp
 
 _LANGUAGE_MODELS = (SharedBertForMaskedLM, SharedGptForCausalLM)
 
@@ -57,6 +57,7 @@ def heal(
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
     )
+    check_launch(checkpoint, training_args)
     _check_pair(model, teacher)
     check_healing(teacher, tokenizer, data_args, training_args)
     with training_args.main_process_first(local=False, desc="reading and packing the text"):
@@ -136,6 +137,9 @@ def check_healing(
     if data_args.block_size > most:
         raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")
     check_streaming(data_args, training_args)
+    if uses_fsdp(training_args) and teacher.base_model is teacher:
+        # FSDP2 renames the class of the outermost module, by whose name transformers finds the hidden states.
+        raise ValueError(f"a {type(teacher).__name__} without a head cannot be healed under FSDP: use DDP")
     if training_args.gradient_checkpointing:
         raise ValueError(
             "activation_checkpointing=true has no effect in eval mode, in which healing runs (without dropout): "

@@ -51,11 +51,7 @@ def pretrain(
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
     )
-    if checkpoint and Path(checkpoint, "optimizer.bin").exists() != uses_fsdp(training_args):
-        raise ValueError(
-            f"{checkpoint} was written {'without' if uses_fsdp(training_args) else 'under'} FSDP: launch the run as "
-            "it was, or start a new one from its weights by model_name_or_path"
-        )
+    check_launch(checkpoint, training_args)
     stated = config_fields(model_args)
     objective = OBJECTIVES[stated["model_type"]]
     _check_arguments(stated, model_args, data_args, training_args)
@@ -135,6 +131,15 @@ def pretrain(
             f"model, metrics and loss_curve.png are in {training_args.output_dir}"
         )
     return {**metrics, **evaluation}
+
+
+def check_launch(checkpoint: str | None, training_args: PretrainingArguments):
+    """Raises a ValueError where a checkpoint was written under FSDP and is not resumed so, or the reverse."""
+    if checkpoint and Path(checkpoint, "optimizer.bin").exists() != uses_fsdp(training_args):
+        raise ValueError(
+            f"{checkpoint} was written {'without' if uses_fsdp(training_args) else 'under'} FSDP: launch the run as "
+            "it was, or start a new one from its weights by model_name_or_path"
+        )
 
 
 def check_streaming(data_args: DataArguments, training_args: PretrainingArguments):

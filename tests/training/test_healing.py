@@ -130,6 +130,13 @@ def test_models_that_do_not_go_together_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_without_head_is_refused_under_fsdp(tmp_path, monkeypatch):
+    student, teacher = pair(shared_bert.SharedBertModel)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="SharedBertModel without a head cannot be healed under FSDP"):
+        heal_here(tmp_path, student, teacher)
+
+
 # A run of 12 steps, killed after the step that the environment names.
 KILLED = """
 import os, signal, sys
