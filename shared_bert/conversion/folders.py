@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 # What goes with a model unchanged: its tokenizer's files, and how sentence-transformers pools its hidden states.
@@ -20,22 +22,27 @@ def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> P
     """Loads a model of a folder or of the Hub with the class that its config's `architectures` names.
 
     Raises:
-        ValueError: that class is none of `classes`, or weights are missing.
+        ValueError: that class is none of `classes`, or weights are missing or damaged.
         OSError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
-    names = config.architectures or ["model of no named class"]
-    cls = next((cls for cls in classes if names == [cls.__name__]), None)
-    if cls is None:
-        raise ValueError(
-            f"{name_or_path} holds a {', '.join(names)} and must be one of {', '.join(c.__name__ for c in classes)}"
-        )
-    model, info = cls.from_pretrained(name_or_path, config=config, output_loading_info=True)
-    if info["missing_keys"] and all(name.startswith("pooler.") for name in info["missing_keys"]):
-        model, info = cls.from_pretrained(name_or_path, output_loading_info=True, add_pooling_layer=False)
+    try:
+        model, info = _load(name_or_path, {cls.__name__: cls for cls in classes})
+    except (SafetensorError, StrictDataclassError, RuntimeError) as error:
+        raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
     if lacking := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
-        raise ValueError(f"{name_or_path} lacks weights of a {cls.__name__}: {', '.join(lacking[:3])}")
+        raise ValueError(f"{name_or_path} lacks weights of a {type(model).__name__}: {', '.join(lacking[:3])}")
     return model
+
+
+def _load(name_or_path: str, classes: dict[str, type[PreTrainedModel]]) -> tuple[PreTrainedModel, dict]:
+    config = AutoConfig.from_pretrained(name_or_path)
+    name = ", ".join(config.architectures or ["model of no named class"])
+    if name not in classes:
+        raise ValueError(f"{name_or_path} holds a {name} and must be one of {', '.join(classes)}")
+    model, info = classes[name].from_pretrained(name_or_path, config=config, output_loading_info=True)
+    if info["missing_keys"] and all(weight.startswith("pooler.") for weight in info["missing_keys"]):
+        return classes[name].from_pretrained(name_or_path, output_loading_info=True, add_pooling_layer=False)
+    return model, info
 
 
 def copy_tokenizer(name_or_path: str, folder: Path):

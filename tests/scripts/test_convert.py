@@ -85,6 +85,25 @@ def test_to_stock_refuses(convert, save, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", "wide"), ("hidden_size", 64), ("attention_scheme", "nothing")]
+)
+def test_a_damaged_config_is_refused(convert, save, tmp_path, capsys, field, value):
+    _, folder = save("bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    run(convert, capsys, "to-stock", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_are_refused(convert, save, tmp_path, capsys):
+    _, folder = save("bert")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    assert "model cannot be loaded" in run(convert, capsys, "to-stock", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_left_of_a_failure(convert, save, tmp_path, capsys, monkeypatch):
     _, folder = save("bert")
 
