@@ -327,3 +327,16 @@ def test_killed_healing_is_resumed_exactly(convert, stock, text, tmp_path):
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.slow
+def test_two_processes_convert_once_and_heal(stock, text, tmp_path):
+    config = ROOT / "configs" / "accelerate" / "ddp_2cpu.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config, ROOT / "scripts" / "convert.py"]
+    process = runs.run(*launch, "from-stock", stock("bert"), tmp_path / "out", *heal_options(text))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("the converted model is in") == 1
+    curve = runs.losses(tmp_path / "out")
+    assert len(curve) == 12
+    assert curve[12] < curve[1] / 2
+    assert (tmp_path / "out" / "model.safetensors").exists()
