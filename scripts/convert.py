@@ -80,6 +80,8 @@ def convert_and_heal(arguments: argparse.Namespace):
     )
     converted = Path(arguments.output, "converted")
     goes_on = str(training_args.resume_from_checkpoint or False).lower() != "false"
+    if training_args.process_index == 0 and not goes_on:
+        check_free(arguments.output)
     teacher = load_model(arguments.model, SOURCES).float()
     tokenizer = load_tokenizer(arguments.model)
     check_healing(teacher, tokenizer, data_args, training_args)
@@ -87,8 +89,6 @@ def convert_and_heal(arguments: argparse.Namespace):
     with training_args.main_process_first(local=False, desc="converting the model"):
         healing_blocks(tokenizer, data_args, training_args)
         if training_args.process_index == 0 and not (goes_on and converted.exists()):
-            if not goes_on:
-                check_free(arguments.output)
             write_converted(teacher, arguments, converted)
     recorded = json.loads((converted / "conversion.json").read_text())["options"]
     for name, value in conversion_options(arguments).items():
