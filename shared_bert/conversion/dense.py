@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling import SelfAttention
-from ..modeling.depth_sharing import shared_weights
+from ..modeling.depth_sharing import DepthSharing, shared_weights
 from ..modeling.projections import LowRankLinear, SharedLinear
 
 
@@ -33,12 +33,16 @@ def attention_layers(model: PreTrainedModel) -> list[SelfAttention]:
     return [module for module in model.modules() if isinstance(module, SelfAttention)]
 
 
+def depth_sharing_of(model: PreTrainedModel) -> DepthSharing | None:
+    """Finds what the layers of a `Shared…` model share."""
+    return next((module for module in model.modules() if isinstance(module, DepthSharing)), None)
+
+
 @torch.no_grad()
 def dense_layers(model: PreTrainedModel) -> list[DenseAttention]:
     """Multiplies out the attention of every layer of a `Shared…` model, in float64."""
     layers = attention_layers(model)
-    depth_sharing = next((m for name, m in model.named_modules() if name.endswith("depth_sharing")), None)
-    shared = shared_weights(depth_sharing, len(layers))
+    shared = shared_weights(depth_sharing_of(model), len(layers))
     return [_dense(layer, *weights) for layer, weights in zip(layers, shared, strict=True)]
 
 

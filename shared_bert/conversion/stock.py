@@ -107,7 +107,7 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     config = _stock_config(model.config)
     if stock_class is BertForQuestionAnswering:
         config.num_labels = 2  # a start and an end, whatever the labels of the checkpoint were
-    stock = _build(stock_class, config, model)
+    stock = build_like(stock_class, config, model)
     if not is_bert:
         # GPT-2 has biases everywhere.
         zeros = {n: torch.zeros_like(p) for n, p in stock.named_parameters() if n.endswith("bias") and n not in state}
@@ -135,14 +135,14 @@ def read_stock(model: PreTrainedModel) -> PreTrainedModel:
     for option in ("is_decoder", "add_cross_attention", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
         if getattr(config, option, False):
             raise ValueError(f"{type(model).__name__} with {option}=True cannot be converted: turn the option off")
-    shared = _build(shared_class, _shared_config(config), model)
+    shared = build_like(shared_class, _shared_config(config), model)
     shared.load_state_dict(model.state_dict())
     if getattr(model, "generation_config", None) is not None:
         shared.generation_config = copy.deepcopy(model.generation_config)
     return shared
 
 
-def _build(cls: type, config: PreTrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
+def build_like(cls: type, config: PreTrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
     """Makes a model of `config` in the dtype, on the device and in the mode of another."""
     has_no_pooler = hasattr(like, "pooler") and like.pooler is None
     model = cls(config, **({"add_pooling_layer": False} if has_no_pooler else {}))

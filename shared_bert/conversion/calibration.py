@@ -1,0 +1,107 @@
+"""What calibration text says of a model: what its matrices are given, and how much each layer changes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from transformers import PreTrainedModel
+
+from ..modeling import SharedBertForMaskedLM, SharedGptForCausalLM, SharedGptPreTrainedModel
+from .dense import attention_layers
+
+_TOKENS_READ = 256  # of a batch, whose predictions are compared from layer to layer
+
+
+@dataclass
+class Calibration:
+    """Measured on text, per layer.
+
+    Attributes:
+        inputs: the mean of x·xᵀ over what the projection is given, [hidden, hidden] in float64.
+        contexts: the same of what the output matrix is given.
+        drift: how far the layer moves its output from that of the layer before: the KL divergence in nats of what
+            the vocabulary head reads there, or, in a model without one, one minus their cosine.
+    """
+
+    inputs: list[torch.Tensor]
+    contexts: list[torch.Tensor]
+    drift: list[float]
+
+
+@torch.no_grad()
+def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> Calibration:
+    """Runs a `Shared…` model over batches of its inputs.
+
+    Args:
+        batches: `input_ids` [batch, seq], with `attention_mask` or `document_ids` (-1 at padding) where rows have
+            padding, which is left out.
+
+    Raises:
+        ValueError: there are no tokens.
+    """
+    layers = attention_layers(model)
+    size = model.config.hidden_size
+    sums = {
+        name: [torch.zeros(size, size, dtype=torch.float64, device=model.device) for _ in layers]
+        for name in ("projection", "output")
+    }
+    drift = torch.zeros(len(layers), dtype=torch.float64)
+    is_text = None
+
+    def counter(total: torch.Tensor):
+        def count(module, inputs):
+            rows = inputs[0][is_text].double()
+            total.addmm_(rows.T, rows)
+
+        return count
+
+    hooks = [
+        getattr(layer, name).register_forward_pre_hook(counter(totals[i]))
+        for name, totals in sums.items()
+        for i, layer in enumerate(layers)
+    ]
+    # Heads that read whole texts want inputs of their own; only one over the vocabulary is needed here.
+    reader = model if isinstance(model, SharedBertForMaskedLM | SharedGptForCausalLM) else model.base_model
+    was_training = model.training
+    model.eval()
+    tokens = read = 0
+    try:
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            is_text = _is_text(batch)
+            states = reader(**batch, output_hidden_states=True).hidden_states
+            tokens += int(is_text.sum())
+            states = [state[is_text][:_TOKENS_READ] for state in states]
+            if isinstance(model, SharedGptPreTrainedModel):  # whose last state alone has passed the last norm
+                states[:-1] = map(model.base_model.ln_f, states[:-1])
+            read += len(states[0])
+            for i, (before, after) in enumerate(pairwise(states)):
+                drift[i] += float(_drift(model, before, after))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if not tokens:
+        raise ValueError("the calibration text is empty: give at least one batch with tokens")
+    return Calibration(
+        *([total / tokens for total in totals] for totals in sums.values()), drift=(drift / read).tolist()
+    )
+
+
+def _is_text(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if "document_ids" in batch:
+        return batch["document_ids"] >= 0
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+
+
+def _drift(model: PreTrainedModel, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Sums the drift over [tokens, hidden] states of neighbouring layers."""
+    if isinstance(model, SharedBertForMaskedLM):
+        before, after = model.cls.predictions(before), model.cls.predictions(after)
+    elif isinstance(model, SharedGptForCausalLM):
+        before, after = model.lm_head(before), model.lm_head(after)
+    else:
+        return (1 - torch.cosine_similarity(before, after, dim=-1)).sum()
+    before, after = before.log_softmax(-1), after.log_softmax(-1)
+    return torch.nn.functional.kl_div(before, after, log_target=True, reduction="sum")

@@ -1,0 +1,236 @@
+"""`from_stock`: a trained stock model, or one of this package, under another scheme and depth sharing."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..modeling import SelfAttention, SharedAttentionConfig
+from ..modeling.projections import LowRankLinear
+from .calibration import Calibration, calibrate
+from .dense import attention_layers, dense_layers, depth_sharing_of
+from .depth_fitting import Blocks, align_layers, fit_atoms, low_rank_factors, spread_ranks
+from .fitting import FittedLayer, Metric, fit_scheme
+from .report import ConversionReport, attention_parameters, layer_errors
+from .stock import STOCK_CLASSES, build_like, read_stock, to_stock
+
+_CONFIG_FIELDS = (
+    "depth_shared_matrices", "num_atoms", "num_groups", "rank", "layer_ranks", "num_key_value_heads",
+    "attention_scale",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def from_stock(
+    model: PreTrainedModel,
+    attention_scheme: str = "standard",
+    depth_sharing: str = "none",
+    *,
+    calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    align: bool = True,
+    dictionary_groups: int = 1,
+    spread_rank: bool = False,
+    **config_fields,
+) -> tuple[PreTrainedModel, ConversionReport]:
+    """Converts a stock BERT or GPT-2, of any head of `STOCK_CLASSES`, or a model of this package.
+
+    The scheme is fitted first (see `fitting`), then the depth sharing (see `depth_fitting`), both in closed form and
+    without training. What the new model can express does not change: with as many atoms as layers, with the full
+    rank, or where the model has the scheme already, its outputs are those of the old one.
+
+    Args:
+        calibration: batches of the model's inputs (`input_ids`, and `attention_mask` or `document_ids`). With them,
+            schemes and low ranks are fitted to what the matrices are given, and not to the matrices alone.
+        align: turn and reorder heads, attention unchanged, before layers share matrices.
+        dictionary_groups: split the dictionary of ``masa`` into so many groups of consecutive layers, between the
+            layers whose outputs drift most on the calibration text.
+        spread_rank: spread the parameters that `rank` takes in every matrix over those that need them most.
+        **config_fields: the new config's num_atoms, num_groups, rank, layer_ranks, depth_shared_matrices,
+            num_key_value_heads and attention_scale.
+
+    Returns:
+        The converted model, in the dtype, on the device and in the mode of the old one, and what it lost.
+
+    Raises:
+        ValueError: an architecture or a head that is not known, a config that has no meaning, or no calibration text
+            where it is needed; before any work.
+    """
+    for name, value in config_fields.items():
+        if name not in _CONFIG_FIELDS:
+            raise ValueError(f"{name}={value!r} is no option of from_stock; it takes {', '.join(_CONFIG_FIELDS)}")
+    source = read_stock(to_stock(model) if type(model) in STOCK_CLASSES else model)
+    config = _new_config(source.config, attention_scheme, depth_sharing, **config_fields)
+    _check(config, calibration is not None, dictionary_groups, spread_rank)
+    batches = None if calibration is None else list(calibration)
+    measured = None if batches is None else calibrate(source, batches)
+
+    old = dense_layers(source)
+    inputs = [None] * len(old) if measured is None else measured.inputs
+    layers = [fit_scheme(layer, config, seen) for layer, seen in zip(old, inputs, strict=True)]
+    blocks = _blocks(config.num_atoms, dictionary_groups, measured, len(old))
+    root = None if measured is None else Metric.of(torch.stack(measured.inputs).mean(0)).root
+    if align:
+        layers = align_layers(layers, config, blocks, root)
+
+    # The scheme by itself, in the model whose matrices are shared or factored next.
+    separate = {name: getattr(config, name) for name in ("num_key_value_heads", "attention_scale")}
+    converted = build_like(type(source), _new_config(config, attention_scheme, **separate), source)
+    _copy_common(source, converted)
+    for attention, layer in zip(attention_layers(converted), layers, strict=True):
+        _write_layer(attention, layer)
+    if depth_sharing != "none":
+        has_ranks = config.rank or config.layer_ranks
+        measured = calibrate(converted, batches) if batches is not None and has_ranks else None
+        converted = _share_depth(converted, config, layers, blocks, root, measured, spread_rank)
+
+    head_dim = config.hidden_size // config.num_attention_heads
+    errors = [
+        layer_errors(before, after, head_dim, layer.head_order)
+        for before, after, layer in zip(old, dense_layers(converted), layers, strict=True)
+    ]
+    report = ConversionReport(
+        attention_scheme,
+        depth_sharing,
+        errors,
+        parameters_before=attention_parameters(model if type(model) in STOCK_CLASSES else source),
+        parameters_after=attention_parameters(converted),
+        total_before=model.num_parameters(),
+        total_after=converted.num_parameters(),
+        layer_ranks=converted.config.layer_ranks,
+        dictionary_groups=blocks if dictionary_groups > 1 else None,
+    )
+    return converted, report
+
+
+def _new_config(config: SharedAttentionConfig, attention_scheme: str, depth_sharing: str = "none", **changes):
+    """Makes the config of the converted model; what was said of another scheme or depth sharing goes."""
+    stated = {
+        name: value for name, value in config.to_dict().items() if name not in ("model_type", "num_key_value_heads")
+    }
+    reset = dict.fromkeys(("attention_scale", "num_atoms", "num_groups", "rank", "layer_ranks"))
+    reset |= {"coefficient_source": "direct", "depth_shared_matrices": "qkv"}
+    asked = {"attention_scheme": attention_scheme, "depth_sharing": depth_sharing, **changes}
+    return type(config)(**(stated | reset | asked))
+
+
+def _stated(config: SharedAttentionConfig) -> dict:
+    return {name: getattr(config, name) for name in ("attention_scheme", "depth_sharing", *_CONFIG_FIELDS)}
+
+
+def _check(config: SharedAttentionConfig, has_text: bool, dictionary_groups: int, spread_rank: bool):
+    if dictionary_groups != 1 and config.depth_sharing != "masa":
+        raise ValueError(
+            f"dictionary_groups={dictionary_groups} splits the dictionary of depth_sharing='masa', not of "
+            f"{config.depth_sharing!r}"
+        )
+    if not 1 <= dictionary_groups <= (config.num_atoms or 1):
+        raise ValueError(
+            f"dictionary_groups={dictionary_groups} must be at least 1 and at most num_atoms={config.num_atoms}"
+        )
+    if dictionary_groups > 1 and not has_text:
+        raise ValueError(f"dictionary_groups={dictionary_groups} are found on text: give calibration")
+    if spread_rank and config.rank is None:
+        raise ValueError("spread_rank=True spreads the parameters of a rank: give rank")
+
+
+def _blocks(num_atoms: int | None, groups: int, measured: Calibration | None, num_layers: int) -> Blocks:
+    """Cuts the stack where the drift is largest, and gives each part atoms by its number of layers."""
+    if groups == 1:
+        return [(0, num_layers, num_atoms)]
+    cuts = sorted(sorted(range(1, num_layers), key=lambda layer: -measured.drift[layer])[: groups - 1])
+    sizes = [after - before for before, after in zip([0, *cuts], [*cuts, num_layers], strict=True)]
+    atoms = [1] * groups
+    for _ in range(num_atoms - groups):
+        neediest = max(range(groups), key=lambda g: (sizes[g] - atoms[g]) / atoms[g])
+        atoms[neediest] += 1
+    return [(start, start + size, n) for start, size, n in zip([0, *cuts], sizes, atoms, strict=True)]
+
+
+def _copy_common(source: PreTrainedModel, target: PreTrainedModel):
+    """Copies what both models have in the same form: all that is outside attention, and a layer's own vectors."""
+    target_state = target.state_dict()
+    for name, tensor in source.state_dict().items():
+        if name in target_state and target_state[name].shape == tensor.shape:
+            target_state[name].copy_(tensor)
+
+
+def _write_layer(attention: SelfAttention, layer: FittedLayer):
+    matrices = [layer.matrices[name] for name in attention.scheme.matrices]
+    _write_linear(attention.projection, torch.cat([m.weight for m in matrices]), torch.cat([m.bias for m in matrices]))
+    _write_linear(attention.output, layer.matrices["o"].weight, layer.matrices["o"].bias)
+    if attention.scheme.diagonals:
+        for parameter, values in zip(
+            (attention.query_diagonal, attention.key_diagonal, attention.value_diagonal), layer.diagonals, strict=True
+        ):
+            parameter.copy_(values)
+    if attention.scheme.pairwise:
+        attention.pairwise.copy_(layer.pairwise)
+
+
+def _write_linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor):
+    linear.weight.copy_(weight)
+    if linear.bias is not None:
+        linear.bias.copy_(bias)
+
+
+def _share_depth(
+    separate: PreTrainedModel,
+    config: SharedAttentionConfig,
+    layers: list[FittedLayer],
+    blocks: Blocks,
+    root: torch.Tensor | None,
+    measured: Calibration | None,
+    spread_rank: bool,
+) -> PreTrainedModel:
+    """Puts the matrices of `separate`, which are those of `layers`, into a model that shares or factors them."""
+    names = {linear: list(config.matrix_widths(linear)) for linear in config.shared_maps}
+    remainders = {
+        name: torch.stack([layer.matrices[name].weight for layer in layers])
+        for group in names.values()
+        for name in group
+    }
+    fits = {}
+    if config.depth_sharing != "low_rank":
+        fits = {
+            name: fit_atoms(stack, config, blocks, None if name == "o" else root) for name, stack in remainders.items()
+        }
+        for name, (atoms, coefficients) in fits.items():
+            remainders[name] = remainders[name] - torch.einsum("ls,swd->lwd", coefficients, atoms)
+
+    factors = {}
+    if config.rank or config.layer_ranks:
+        for linear, group in names.items():
+            seen = [None] * len(layers)
+            if measured is not None:
+                seen = measured.inputs if linear == "projection" else measured.contexts
+            for name in group:
+                whole = [layer.matrices[name].weight for layer in layers]
+                factors[name] = [low_rank_factors(*of) for of in zip(remainders[name], whole, seen, strict=True)]
+    if spread_rank:
+        widths = [width for linear in names for width in config.matrix_widths(linear).values()]
+        gains = [[factors[name][i][0] for name in remainders] for i in range(len(layers))]
+        ranks = spread_ranks(gains, config.rank, [width + config.hidden_size for width in widths])
+        config = _new_config(config, **{**_stated(config), "rank": None, "layer_ranks": ranks})
+
+    model = build_like(type(separate), config, separate)
+    _copy_common(separate, model)
+    for name, (atoms, coefficients) in fits.items():
+        shared = depth_sharing_of(model)[name]
+        shared.atoms.copy_(atoms)
+        if config.depth_sharing == "masa":
+            shared.coefficients.copy_(coefficients)
+    for i, attention in enumerate(attention_layers(model)):
+        for linear, group in names.items():
+            module = getattr(attention, linear)
+            module = module if config.depth_sharing == "low_rank" else module.residual
+            if module is not None:
+                _write_low_rank(module, [factors[name][i][1:] for name in group])
+    return model
+
+
+def _write_low_rank(module: LowRankLinear, factors: list[tuple[torch.Tensor, torch.Tensor]]):
+    for parameter, down_rows, (up, down) in zip(module.up, module.down.split(module.ranks), factors, strict=True):
+        kept = min(parameter.shape[1], up.shape[1])  # a rank above the width of grouped keys leaves zeros
+        parameter.zero_()[:, :kept].copy_(up[:, :kept])
+        down_rows.zero_()[:kept].copy_(down[:kept])
