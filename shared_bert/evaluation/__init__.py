@@ -2,6 +2,7 @@
 
 from .efficiency import StepSettings, TrainingStep, compare_training_steps, environment, peak_memory
 from .parameters import Cost, cost_table, load_config, model_cost, standard_config
+from .sentence_similarity import sentence_embeddings, similarity_spearman
 
 __all__ = [
     "Cost",
@@ -13,5 +14,7 @@ __all__ = [
     "load_config",
     "model_cost",
     "peak_memory",
+    "sentence_embeddings",
+    "similarity_spearman",
     "standard_config",
 ]
