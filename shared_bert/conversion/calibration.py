@@ -20,8 +20,8 @@ class Calibration:
     Attributes:
         inputs: the mean of x·xᵀ over what the projection is given, [hidden, hidden] in float64.
         contexts: the same of what the output matrix is given.
-        drift: how far the layer moves its output from that of the layer before: the KL divergence in nats of what
-            the vocabulary head reads there, or, in a model without one, one minus their cosine.
+        drift: how far the layer moves its output from that of the layer before: the KL divergence in nats between
+            what the vocabulary head reads before and after, or, in a model without one, one minus their cosine.
     """
 
     inputs: list[torch.Tensor]
@@ -104,4 +104,4 @@ def _drift(model: PreTrainedModel, before: torch.Tensor, after: torch.Tensor) ->
     else:
         return (1 - torch.cosine_similarity(before, after, dim=-1)).sum()
     before, after = before.log_softmax(-1), after.log_softmax(-1)
-    return torch.nn.functional.kl_div(before, after, log_target=True, reduction="sum")
+    return torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum")

@@ -28,7 +28,7 @@ import torch
 from ..modeling import SharedAttentionConfig
 from .dense import Affine, DenseAttention
 
-_ITERATIONS = 10
+_ITERATIONS = 20
 # Directions whose eigenvalue in ``unified`` is below this share of the largest keep it, for the value's sake.
 _LEAST_EIGENVALUE = 1e-3
 
@@ -123,17 +123,21 @@ def _largest(symmetric: torch.Tensor, number: int) -> torch.Tensor:
     return torch.linalg.eigh(symmetric).eigenvectors[..., -number:]
 
 
+def _positive_part(symmetric: torch.Tensor) -> torch.Tensor:
+    eigenvalues, vectors = torch.linalg.eigh(symmetric)
+    return vectors * eigenvalues.clamp(min=0)[..., None, :] @ vectors.mT
+
+
 def _relative(gram: torch.Tensor) -> torch.Tensor:
     return gram / gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[..., None, None]
 
 
 def _two_sided_subspace(logits: torch.Tensor, number: int, result: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """Finds the P [..., r, number] with the largest ‖Pᵀ·A·P‖² / ‖A‖² + tr(Pᵀ·result·P)."""
-    size = logits.square().sum((-2, -1), keepdim=True).clamp(min=1e-30)
+    """Finds the P [..., r, number] with the largest ‖Pᵀ·A·P‖² + tr(Pᵀ·result·P)."""
     inside = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
     for _ in range(_ITERATIONS):
         gram = logits @ inside @ logits.mT + logits.mT @ inside @ logits
-        subspace = _largest(gram / size + result, number)
+        subspace = _largest(gram + result, number)
         inside = subspace @ subspace.mT
     return subspace
 
@@ -215,7 +219,9 @@ def _fit_shared(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLa
     logits = query @ key.mT
     logits = (logits + logits.mT) / 2
     result = _relative(value @ heads.output @ heads.output.mT @ value.mT)
-    subspace = _two_sided_subspace(logits, heads.query.shape[-1], result)
+    reachable = logits if config.scheme.diagonals else _positive_part(logits)
+    size = logits.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
+    subspace = _two_sided_subspace(reachable / size, heads.query.shape[-1], result)
     eigenvalues, vectors = torch.linalg.eigh(subspace.mT @ logits @ subspace)
     subspace = subspace @ vectors
     if config.scheme.diagonals:
@@ -266,7 +272,9 @@ def _slice_regression(heads: Heads, autocorrelation: torch.Tensor, matrix: torch
     number, head_dim = len(matrix), matrix.shape[-1]
     rows = autocorrelation.unflatten(0, (number, head_dim))
     blocks = torch.stack([rows[h, :, h * head_dim : (h + 1) * head_dim] for h in range(number)])
-    return torch.linalg.solve(blocks, rows @ matrix)
+    # A few tokens may not fill the slice.
+    shrinkage = 1e-6 * autocorrelation.diagonal().mean() * torch.eye(head_dim).to(blocks)
+    return torch.linalg.solve(blocks + shrinkage, rows @ matrix)
 
 
 def _fit_query_free(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
