@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import shared_bert
+from shared_bert.modeling.configuration_shared_attention import DEPTH_SHARING
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,13 +66,32 @@ def test_options_of_commands_are_valid(monkeypatch):
         )
 
 
+def test_options_of_conversions_are_valid():
+    parse = runpy.run_path(str(ROOT / "scripts" / "convert.py"))["parse"]
+    commands = [line for block in blocks("bash") for line in block.splitlines() if "scripts/convert.py" in line]
+    assert {shlex.split(command)[2] for command in commands} == {"from-stock", "to-stock"}
+    for command in commands:
+        parse(shlex.split(command)[2:])
+
+
+def test_the_counting_command_runs():
+    (command,) = (line for block in blocks("bash") for line in block.splitlines() if "count_parameters" in line)
+    run = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert "attention" in run.stdout, run.stderr
+
+
+def test_depth_sharings_are_listed():
+    for name in DEPTH_SHARING:
+        assert f"| `{name}` |" in README
+
+
 def test_every_recipe_is_listed():
     for recipe in (ROOT / "configs" / "pretrain").glob("*.yaml"):
         assert f"`{recipe.name}`" in README
 
 
 def test_counts_of_the_scheme_table():
-    rows = re.findall(r"^\| `(\w+)` \|.*?\| ([\d,]+) \|", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| ([\d,]{9,}) \|", README, flags=re.MULTILINE)
     assert [name for name, _ in rows] == list(shared_bert.SCHEMES)
     for name, count in rows:
         with torch.device("meta"):
@@ -96,3 +117,25 @@ def test_figures_are_the_kept_results():
     for model in ("bert", "gpt"):
         curve = json.loads((ROOT / "model_cards" / "quickstart" / f"shared_{model}_loss_curve.json").read_text())
         assert f"| {curve['evaluation'][-1]['loss']:.2f} | {curve['unigram_entropy']:.2f} |" in README
+
+
+def test_conversions_are_the_kept_results():
+    kept = json.loads((ROOT / "model_cards" / "minilm_conversion.json").read_text())
+    card = (ROOT / "model_cards" / "minilm_conversion.md").read_text()
+    assert f"{kept['original']:.4f}" in README
+    rows = re.findall(r"^\| `([\w,= ]+)` \| ([\d.]+) % \| ([\d. |–]+) \|$", README, flags=re.MULTILINE)
+    assert len(rows) > 10
+    for name, saved, figures in rows:
+        row = kept["rows"][name]
+        report = row["report"]
+        assert float(saved) == round(100 * (1 - report["parameters_after"] / report["parameters_before"]), 1)
+        columns = ("unaligned", "weights_only", "calibrated", "healed")
+        expected = [f"{row['spearman'][c]:.3f}" if c in row["spearman"] else "–" for c in columns]
+        assert figures.split(" | ") == expected
+        assert f"| `{name}` |" in card
+
+
+def test_overhead_is_the_kept_result():
+    kept = json.loads((ROOT / "model_cards" / "benchmark_depth_cpu.json").read_text())["results"]
+    for row in kept:
+        assert f"{row['overhead']:+.1%}".replace("%", " %").replace("-", "−") in README

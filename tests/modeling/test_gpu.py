@@ -39,9 +39,13 @@ def test_kernels_agree_with_eager(kind, scheme, implementation, packed):
     torch.testing.assert_close(logits("cuda", torch.bfloat16, implementation), expected, rtol=0.05, atol=0.03)
 
 
+MASA = {"depth_sharing": "masa", "num_atoms": 1, "depth_shared_matrices": "qkvo", "coefficient_source": "network"}
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_training_in_bfloat16_learns(kind, compiled):
-    model = tiny_model(kind).cuda().train()
+@pytest.mark.parametrize("fields", [{}, MASA], ids=["own", "masa"])
+def test_training_in_bfloat16_learns(kind, compiled, fields):
+    model = tiny_model(kind, **fields).cuda().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     input_ids = torch.randint(3, 99, (8, 32), generator=torch.Generator().manual_seed(0)).cuda()
     forward = torch.compile(model, fullgraph=True) if compiled else model
