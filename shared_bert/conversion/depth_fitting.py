@@ -29,6 +29,21 @@ _LEAST_GAIN = 1e-4  # of what the shared matrices hold, in one iteration
 Blocks = list[tuple[int, int, int]]  # first layer, layer after the last, atoms
 
 
+def layer_coefficients(flat: torch.Tensor, config: SharedAttentionConfig, blocks: Blocks) -> torch.Tensor:
+    """Finds of how much of each shared matrix every layer's is made, [layers, shared matrices].
+
+    Args:
+        flat: the matrices of all layers, [layers, entries].
+        blocks: the groups of ``masa``'s dictionary. The other sharings have one matrix to each layer.
+    """
+    if config.depth_sharing == "masa":
+        gram = flat @ flat.T
+        parts = [torch.linalg.eigh(gram[a:b, a:b]).eigenvectors[:, -atoms:].flip(1) for a, b, atoms in blocks]
+        return torch.block_diag(*parts)
+    groups = layer_groups(config.depth_sharing, len(flat), config.num_groups)
+    return torch.nn.functional.one_hot(torch.tensor(groups), config.num_groups).to(flat)
+
+
 def fit_atoms(
     stack: torch.Tensor, config: SharedAttentionConfig, blocks: Blocks, root: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,22 +51,16 @@ def fit_atoms(
 
     Args:
         stack: [layers, width, hidden].
-        blocks: the groups of ``masa``'s dictionary.
+        blocks: see `layer_coefficients`.
         root: of the inputs' autocorrelation, the mean over the layers, [hidden, hidden]; None takes the identity.
 
     Returns:
-        `atoms` [atoms, width, hidden] and `coefficients` [layers, atoms]: where groups share a mean, ones and zeros.
+        `atoms` [atoms, width, hidden] and `coefficients` [layers, atoms].
     """
-    flat = stack.flatten(1)
-    if config.depth_sharing == "masa":
-        weighed = flat if root is None else (stack @ root).flatten(1)
-        gram = weighed @ weighed.T
-        parts = [torch.linalg.eigh(gram[a:b, a:b]).eigenvectors[:, -atoms:].flip(1) for a, b, atoms in blocks]
-        coefficients = torch.block_diag(*parts)
-        return (coefficients.T @ flat).unflatten(1, stack.shape[1:]), coefficients
-    groups = layer_groups(config.depth_sharing, len(stack), config.num_groups)
-    coefficients = torch.nn.functional.one_hot(torch.tensor(groups), config.num_groups).to(stack)
-    return ((coefficients / coefficients.sum(0)).T @ flat).unflatten(1, stack.shape[1:]), coefficients
+    weighed = stack if root is None else stack @ root
+    coefficients = layer_coefficients(weighed.flatten(1), config, blocks)
+    atoms = torch.linalg.pinv(coefficients) @ stack.flatten(1)
+    return atoms.unflatten(1, stack.shape[1:]), coefficients
 
 
 def low_rank_factors(
@@ -117,81 +126,96 @@ def align_layers(
 
     Grouped heads, and layers that share no matrices, stay as they are.
     """
-    if config.depth_sharing in ("none", "low_rank") or config.num_key_value_heads != config.num_attention_heads:
+    heads = config.num_attention_heads
+    if config.depth_sharing in ("none", "low_rank") or config.num_key_value_heads != heads:
         return layers
-    names = [name for linear in config.shared_maps for name in config.matrix_widths(linear)]
-    # Matrices count by the share of them that is explained; only those that are given the layer's input are weighed.
-    sizes = {name: sum(layer.matrices[name].weight.square().sum() for layer in layers).sqrt() for name in names}
 
-    def by_head(name: str, weight: torch.Tensor) -> torch.Tensor:  # [heads, hidden, head_dim]
-        rows = weight if name == "o" else weight.T if root is None else root @ weight.T
-        return rows.unflatten(1, (config.num_attention_heads, -1)).transpose(0, 1) / sizes[name]
+    def by_head(name: str) -> torch.Tensor:  # [layers, heads, hidden, head_dim]
+        stack = torch.stack([layer.matrices[name].weight for layer in layers])
+        # Only what is given the layer's input is weighed by it.
+        rows = stack if name == "o" else stack.mT if root is None else root @ stack.mT
+        # Matrices count by the share of them that is held.
+        return rows.unflatten(2, (heads, -1)).transpose(1, 2) / rows.norm().clamp(min=1e-30)
+
+    names = [name for linear in config.shared_maps for name in config.matrix_widths(linear)]
+    own = {name: by_head(name) for name in names}
+    groups = turning_together(config.scheme)
+    counted = {group: [name for name in group if name in own] for group in groups}
+    counted = {group: members for group, members in counted.items() if members}
+    still = [name for name in names if not any(name in group for group in counted)]
+    keeps_order = "x" in (config.scheme.query, config.scheme.key, config.scheme.value)
+    order = torch.arange(heads).repeat(len(layers), 1)
+    identity = torch.eye(config.hidden_size // heads).to(own[names[0]])
+    turns = {group: identity.expand(len(layers), heads, -1, -1) for group in counted}
 
     held = 0.0
     for _ in range(_MAX_ITERATIONS):
-        fits = {}
-        for name in names:
-            stack = torch.stack([layer.matrices[name].weight for layer in layers])
-            atoms, coefficients = fit_atoms(stack, config, blocks, None if name == "o" else root)
-            fits[name] = torch.einsum("ls,swd->lwd", coefficients, atoms)
-        targets = [{name: by_head(name, fit[i]) for name, fit in fits.items()} for i in range(len(layers))]
-        before, held = held, float(sum(heads.square().sum() for target in targets for heads in target.values()))
+        wanted = {}
+        for name, matrix in own.items():
+            coefficients = layer_coefficients(matrix.flatten(1), config, blocks)
+            mixing = coefficients @ torch.linalg.pinv(coefficients)
+            wanted[name] = (mixing @ matrix.flatten(1)).view_as(matrix)
+        before, held = held, float(sum(matrix.square().sum() for matrix in wanted.values()))
         if held - before < _LEAST_GAIN * held:
             break
-        layers = [_turn(layer, target, config, by_head) for layer, target in zip(layers, targets, strict=True)]
-    return layers
-
-
-def _turn(layer: FittedLayer, target: dict[str, torch.Tensor], config: SharedAttentionConfig, by_head) -> FittedLayer:
-    """Brings a layer closest to `target`, by the order of its heads and by rotations within them."""
-    heads, scheme = config.num_attention_heads, config.scheme
-    groups = [
-        (group, [name for name in group if name in target])
-        for group in turning_together(scheme)
-        if any(name in target for name in group)
+        if not keeps_order:
+            # What heads gain in each other's place: their inner product, after the best rotation where one is free.
+            gain = torch.zeros(len(layers), heads, heads, dtype=identity.dtype, device=identity.device)
+            for members in counted.values():
+                products = sum(own[name].mT[:, :, None] @ wanted[name][:, None] for name in members)
+                gain += torch.linalg.svdvals(products).sum(-1)
+            for name in still:
+                gain += torch.einsum("lhij,lgij->lhg", own[name], wanted[name])
+            best = _best_orders(gain)
+            order = order.gather(1, best)
+            own = {name: _take(matrix, best) for name, matrix in own.items()}
+            turns = {group: _take(turn, best) for group, turn in turns.items()}
+        for group, members in counted.items():
+            turn = nearest_rotation(*(torch.cat([m[name] for name in members], dim=2) for m in (own, wanted)))
+            turns[group] = turns[group] @ turn
+            own |= {name: own[name] @ turn for name in members}
+    return [
+        _turned(_reordered(layer, order[i], heads), {group: turn[i] for group, turn in turns.items()}, config)
+        for i, layer in enumerate(layers)
     ]
-    turning = {name for group, _ in groups for name in group}
 
-    def side_by_side(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        own = torch.cat([by_head(name, layer.matrices[name].weight) for name in names], dim=1)
-        return own, torch.cat([target[name] for name in names], dim=1)
 
-    if "x" not in (scheme.query, scheme.key, scheme.value):
-        # What heads gain in each other's place: their inner product, after the best rotation where one is free.
-        gain = torch.zeros(heads, heads, dtype=torch.float64)
-        for _, names in groups:
-            own, wanted = side_by_side(names)
-            gain += torch.linalg.svdvals(own.mT[:, None] @ wanted).sum(-1).cpu()
-        for name in target.keys() - turning:
-            gain += torch.einsum("hij,gij->hg", *side_by_side([name])).cpu()
-        layer = _reorder(layer, _best_order(gain), heads)
+def _take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Reorders the heads of [layers, heads, …] by [layers, heads]."""
+    return tensor[torch.arange(len(tensor))[:, None], order]
 
+
+def _turned(
+    layer: FittedLayer, turns: dict[tuple[str, ...], torch.Tensor], config: SharedAttentionConfig
+) -> FittedLayer:
+    """Rotates the matrices of each group by [heads, head_dim, head_dim]."""
+    heads, scheme = config.num_attention_heads, config.scheme
     matrices, pairwise = dict(layer.matrices), layer.pairwise
-    for group, names in groups:
-        rotation = nearest_rotation(*side_by_side(names))
+    for group, turn in turns.items():
         for name in group:
             weight, bias = matrices[name].weight, matrices[name].bias
             if name == "o":
-                weight = (weight.unflatten(1, (heads, -1)).transpose(0, 1) @ rotation).transpose(0, 1).flatten(1)
+                weight = (weight.unflatten(1, (heads, -1)).transpose(0, 1) @ turn).transpose(0, 1).flatten(1)
             else:
-                weight = (rotation.mT @ weight.unflatten(0, (heads, -1))).flatten(0, 1)
-                bias = (bias.unflatten(0, (heads, 1, -1)) @ rotation).flatten()
+                weight = (turn.mT @ weight.unflatten(0, (heads, -1))).flatten(0, 1)
+                bias = (bias.unflatten(0, (heads, 1, -1)) @ turn).flatten()
             matrices[name] = Affine(weight, bias)
         if scheme.pairwise and scheme.query in group:
-            pairwise = rotation.mT @ pairwise @ rotation
+            pairwise = turn.mT @ pairwise @ turn
     return replace(layer, matrices=matrices, pairwise=pairwise)
 
 
-def _best_order(gain: torch.Tensor) -> torch.Tensor:
+def _best_orders(gain: torch.Tensor) -> torch.Tensor:
+    """Finds for every layer which head to put in each place, [layers, heads], by [layers, heads, places]."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ModuleNotFoundError as error:
         raise ImportError("aligning the layers needs scipy: pip install 'shared_bert[convert]'") from error
-    rows, columns = linear_sum_assignment(gain.numpy(), maximize=True)
-    return torch.as_tensor(rows)[torch.as_tensor(columns).argsort()]
+    places = [linear_sum_assignment(layer.cpu().numpy(), maximize=True)[1] for layer in gain]
+    return torch.stack([torch.as_tensor(place).argsort() for place in places]).to(gain.device)
 
 
-def _reorder(layer: FittedLayer, order: torch.Tensor, heads: int) -> FittedLayer:
+def _reordered(layer: FittedLayer, order: torch.Tensor, heads: int) -> FittedLayer:
     def rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(0, (heads, -1))[order].flatten(0, 1)
 
@@ -205,5 +229,5 @@ def _reorder(layer: FittedLayer, order: torch.Tensor, heads: int) -> FittedLayer
         matrices,
         None if layer.diagonals is None else torch.stack([rows(diagonal) for diagonal in layer.diagonals]),
         None if layer.pairwise is None else layer.pairwise[order],
-        order if layer.head_order is None else layer.head_order[order],
+        order,
     )
