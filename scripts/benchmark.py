@@ -8,6 +8,7 @@ python scripts/benchmark.py depth                      # what assembling the mat
 
 import argparse
 import json
+import statistics
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,8 @@ def depth(arguments: argparse.Namespace):
         sharing = tuple(read_overrides(arguments.sharing).items())
         compared = {"own": own, "shared": replace(own, model_fields=own.model_fields + sharing)}
         row = compare_training_steps(compared, arguments.rounds)
-        row["overhead"] = 1 / row["speedup"] - 1
+        # Round by round: a machine that slows down for a while slows both steps of a round.
+        row["overhead"] = 1 / statistics.median(row["speedup_quartiles"]) - 1
         rows.append(row)
         seconds = row["seconds_per_step"]
         print(

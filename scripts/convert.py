@@ -8,6 +8,7 @@ python scripts/convert.py from-stock MODEL OUTPUT --depth_sharing masa --num_ato
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -194,10 +195,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
+    # Python would stop at once; like this, what is half written is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         parsed = parse(arguments)
         parsed.run(parsed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print("convert.py: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

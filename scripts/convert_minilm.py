@@ -27,6 +27,8 @@ BLOCK_SIZE = 64
 CALIBRATION_TOKENS = 2**15
 BATCH_SIZE = 32
 LEARNING_RATE = 5e-4
+HEAL_STEPS = 90
+LONG_HEAL_STEPS = {"masa, S = 3": 900}  # a quarter of an hour on two cores
 
 
 def conversions(num_layers: int) -> dict[str, dict]:
@@ -47,8 +49,9 @@ def convert_row(options: dict, original: PreTrainedModel, calibration: list, mea
     if "depth_sharing" in options and "rank" not in options:
         plain, _ = shared_bert.from_stock(original, align=False, **options)
         row["spearman"]["unaligned"] = measure(plain)
-    closed, _ = shared_bert.from_stock(original, **{k: v for k, v in options.items() if k != "spread_rank"})
+    closed, report = shared_bert.from_stock(original, **{k: v for k, v in options.items() if k != "spread_rank"})
     row["spearman"]["weights_only"] = measure(closed)
+    row["errors_of_weights"] = report.all_errors()
     start = time.perf_counter()
     converted, report = shared_bert.from_stock(original, calibration=calibration, **options)
     row["conversion_seconds"] = time.perf_counter() - start
@@ -101,9 +104,10 @@ validation ({pairs} pairs; the original has {original:.4f}), and the error of th
 - *text*: fitted on {tokens:,} tokens of calibration text.
 - *healed*: that conversion, distilled on text from the original for the tokens that stand beside it. The text is
   {text}; nothing of STS-B is used.
-- *logits*, *result*: relative errors of query · key and value · output of *text*, over all layers.
+- *errors*: relative errors of the products query · key / value · output over all layers, each of what was fitted:
+  of the matrices (*weights*), and of the matrices on the layers' inputs (*text*).
 
-| | attention saved | logits | result | unaligned | weights | text | healed | tokens | minutes |
+| | attention saved | errors, weights | errors, text | unaligned | weights | text | healed | tokens | minutes |
 |---|---|---|---|---|---|---|---|---|---|
 {rows}
 """
@@ -115,8 +119,8 @@ def card(result: dict) -> str:
     for name, row in result["rows"].items():
         report, spearman, healing = row["report"], row["spearman"], row.get("healing", {})
         saved = 1 - report["parameters_after"] / report["parameters_before"]
-        errors = report["all_errors"]
-        cells = [f"`{name}`", f"{saved:.1%}", f"{errors['logits']:.3f}", f"{errors['result']:.3f}"]
+        errors = [f"{e['logits']:.2f} / {e['result']:.2f}" for e in (row["errors_of_weights"], report["all_errors"])]
+        cells = [f"`{name}`", f"{saved:.1%}", *errors]
         cells += [
             f"{spearman[column]:.4f}" if column in spearman else ""
             for column in ("unaligned", "weights_only", "calibrated", "healed")
@@ -142,7 +146,7 @@ def main():
     parser.add_argument("--stsb", type=Path, required=True, help="STS-B validation: sentence1, sentence2, label")
     parser.add_argument("--text", default="python-docs", help="to calibrate and heal on: a file or a data set")
     parser.add_argument("--rows", nargs="+", help="names of rows; default: all")
-    parser.add_argument("--heal_steps", type=int, default=120)
+    parser.add_argument("--heal_steps", type=int, help="for all rows; default: 900 for masa with S = 3, else 90")
     parser.add_argument("--output", type=Path, default=Path("runs/minilm_conversion"))
     arguments = parser.parse_args()
 
@@ -170,7 +174,8 @@ def main():
         print(f"\n== {name}", flush=True)
         converted, row = convert_row(rows[name], original, calibration, measure)
         if result["original"] - row["spearman"]["calibrated"] > 1e-4:
-            row["healing"] = heal_row(converted, original, tokenizer, arguments.text, arguments.heal_steps)
+            steps = arguments.heal_steps or LONG_HEAL_STEPS.get(name, HEAL_STEPS)
+            row["healing"] = heal_row(converted, original, tokenizer, arguments.text, steps)
             row["spearman"]["healed"] = measure(converted)
         print({key: round(value, 4) for key, value in row["spearman"].items()}, flush=True)
         result["rows"][name] = {**row, "text": Path(arguments.text).name, **environment("cpu")}

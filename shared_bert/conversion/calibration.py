@@ -38,7 +38,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tenso
             padding, which is left out.
 
     Raises:
-        ValueError: there are no tokens.
+        ValueError: batches that are no inputs, or fewer tokens than the model has channels.
     """
     layers = attention_layers(model)
     size = model.config.hidden_size
@@ -68,6 +68,8 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tenso
     tokens = read = 0
     try:
         for batch in batches:
+            if not isinstance(batch, Mapping) or "input_ids" not in batch:
+                raise ValueError("a batch of calibration text must be a mapping with input_ids")
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             is_text = _is_text(batch)
             states = reader(**batch, output_hidden_states=True).hidden_states
@@ -82,8 +84,8 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tenso
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    if not tokens:
-        raise ValueError("the calibration text is empty: give at least one batch with tokens")
+    if tokens < size:
+        raise ValueError(f"the calibration text has {tokens} tokens, fewer than hidden_size={size}: give more")
     return Calibration(
         *([total / tokens for total in totals] for totals in sums.values()), drift=(drift / read).tolist()
     )

@@ -14,6 +14,7 @@ rotated together. It alternates between fitting the shared matrices and turning 
 (orthogonal Procrustes; the heads' order by the assignment with the largest gain), so the squared error only falls.
 """
 
+import importlib.util
 from dataclasses import replace
 
 import torch
@@ -119,6 +120,19 @@ def turning_together(scheme: Scheme) -> list[tuple[str, ...]]:
     return [tuple(dict.fromkeys(group)) for group in groups if "x" not in group]
 
 
+def can_align(config: SharedAttentionConfig) -> bool:
+    """Whether layers share matrices, and every head has a key and a value of its own."""
+    return (
+        config.depth_sharing not in ("none", "low_rank") and config.num_key_value_heads == config.num_attention_heads
+    )
+
+
+def check_scipy():
+    """Raises an ImportError that names the extra where `align_layers` would find no scipy."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError("aligning the layers needs scipy: pip install 'shared_bert[convert]', or pass align=False")
+
+
 def align_layers(
     layers: list[FittedLayer], config: SharedAttentionConfig, blocks: Blocks, root: torch.Tensor | None = None
 ) -> list[FittedLayer]:
@@ -127,7 +141,7 @@ def align_layers(
     Grouped heads, and layers that share no matrices, stay as they are.
     """
     heads = config.num_attention_heads
-    if config.depth_sharing in ("none", "low_rank") or config.num_key_value_heads != heads:
+    if not can_align(config):
         return layers
 
     def by_head(name: str) -> torch.Tensor:  # [layers, heads, hidden, head_dim]
@@ -143,7 +157,7 @@ def align_layers(
     counted = {group: [name for name in group if name in own] for group in groups}
     counted = {group: members for group, members in counted.items() if members}
     still = [name for name in names if not any(name in group for group in counted)]
-    keeps_order = "x" in (config.scheme.query, config.scheme.key, config.scheme.value)
+    in_order = "x" in (config.scheme.query, config.scheme.key, config.scheme.value)  # the input's heads stand still
     order = torch.arange(heads).repeat(len(layers), 1)
     identity = torch.eye(config.hidden_size // heads).to(own[names[0]])
     turns = {group: identity.expand(len(layers), heads, -1, -1) for group in counted}
@@ -158,7 +172,7 @@ def align_layers(
         before, held = held, float(sum(matrix.square().sum() for matrix in wanted.values()))
         if held - before < _LEAST_GAIN * held:
             break
-        if not keeps_order:
+        if not in_order:
             # What heads gain in each other's place: their inner product, after the best rotation where one is free.
             gain = torch.zeros(len(layers), heads, heads, dtype=identity.dtype, device=identity.device)
             for members in counted.values():
@@ -167,6 +181,7 @@ def align_layers(
             for name in still:
                 gain += torch.einsum("lhij,lgij->lhg", own[name], wanted[name])
             best = _best_orders(gain)
+            in_order = bool((best == torch.arange(heads)).all())  # to look on costs more than all the rest
             order = order.gather(1, best)
             own = {name: _take(matrix, best) for name, matrix in own.items()}
             turns = {group: _take(turn, best) for group, turn in turns.items()}
@@ -207,10 +222,8 @@ def _turned(
 
 def _best_orders(gain: torch.Tensor) -> torch.Tensor:
     """Finds for every layer which head to put in each place, [layers, heads], by [layers, heads, places]."""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ModuleNotFoundError as error:
-        raise ImportError("aligning the layers needs scipy: pip install 'shared_bert[convert]'") from error
+    from scipy.optimize import linear_sum_assignment
+
     places = [linear_sum_assignment(layer.cpu().numpy(), maximize=True)[1] for layer in gain]
     return torch.stack([torch.as_tensor(place).argsort() for place in places]).to(gain.device)
 

@@ -2,9 +2,9 @@
 
 Attention knows its matrices by two products per head: A = W_q·W_kᵀ, which makes the logits, and B = W_v·W_o, which
 makes the result (matrices that act on row vectors, [in, out]). A scheme is fitted to these. So every freedom which
-leaves attention unchanged is used (W_q·G with W_k·G⁻ᵀ, W_v·H with H⁻¹·W_o, for any invertible G and H), and W_o
-follows where the value changes. The error to be small is that of A and B, each relative to its size and measured on
-the layer's inputs where their autocorrelation C is known: ‖C^½·(A − A')·C^½‖² and ‖C^½·(B − B')‖².
+leaves attention unchanged is used (W_q·G with W_k·G⁻ᵀ, W_v·H with H⁻¹·W_o, for any invertible G and H), and W_o is
+fitted with the value where a scheme changes that. The error to be small is that of A and B, each relative to its size
+and measured on the layer's inputs where their autocorrelation C is known: ‖C^½·(A − A')·C^½‖² and ‖C^½·(B − B')‖².
 
 | scheme | A' | B' | solution per head |
 |---|---|---|---|
@@ -228,7 +228,7 @@ def _fit_shared(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLa
         size = _size_of(heads.query, heads.key, heads.value) / _size_of(back @ subspace)
         size = size.expand(-1, 1, subspace.shape[-1])
     else:
-        largest = eigenvalues.abs().amax(-1, keepdim=True)
+        largest = eigenvalues.abs().amax(-1, keepdim=True).clamp(min=1e-3)  # a pruned head's are zero
         eigenvalues = torch.maximum(eigenvalues, _LEAST_EIGENVALUE * largest)
         size = eigenvalues[:, None].sqrt()
     new = back @ subspace * size

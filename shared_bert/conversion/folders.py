@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 _COPIED = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "chat_template*", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
-    "[0-9]_*/config.json",
+    "[0-9]_*/*",
 )  # fmt: skip
 
 

@@ -10,10 +10,10 @@ from ..modeling import SelfAttention, SharedAttentionConfig
 from ..modeling.projections import LowRankLinear
 from .calibration import Calibration, calibrate
 from .dense import attention_layers, dense_layers, depth_sharing_of
-from .depth_fitting import Blocks, align_layers, fit_atoms, low_rank_factors, spread_ranks
+from .depth_fitting import Blocks, align_layers, can_align, check_scipy, fit_atoms, low_rank_factors, spread_ranks
 from .fitting import FittedLayer, Metric, fit_scheme
 from .report import ConversionReport, attention_parameters, layer_errors
-from .stock import STOCK_CLASSES, build_like, read_stock, to_stock
+from .stock import STOCK_CLASSES, build_like, read_stock, standard_config, to_stock
 
 _CONFIG_FIELDS = (
     "depth_shared_matrices", "num_atoms", "num_groups", "rank", "layer_ranks", "num_key_value_heads",
@@ -54,18 +54,28 @@ def from_stock(
 
     Raises:
         ValueError: an architecture or a head that is not known, a config that has no meaning, or no calibration text
-            where it is needed; before any work.
+            where it is needed; before any weight is touched. Weights that are not finite.
+        ImportError: the layers are to be aligned, and scipy is not installed.
     """
     for name, value in config_fields.items():
         if name not in _CONFIG_FIELDS:
             raise ValueError(f"{name}={value!r} is no option of from_stock; it takes {', '.join(_CONFIG_FIELDS)}")
-    source = read_stock(to_stock(model) if type(model) in STOCK_CLASSES else model)
-    config = _new_config(source.config, attention_scheme, depth_sharing, **config_fields)
+    is_ours = type(model) in STOCK_CLASSES
+    stated = model.config if is_ours else standard_config(model)
+    config = _new_config(stated, attention_scheme, depth_sharing, **config_fields)
     _check(config, calibration is not None, dictionary_groups, spread_rank)
+    if align and can_align(config):
+        check_scipy()
+    if model.device.type == "meta":
+        raise ValueError("the model is on the device meta and has no weights: load it first")
+    source = read_stock(to_stock(model) if is_ours else model)
     batches = None if calibration is None else list(calibration)
     measured = None if batches is None else calibrate(source, batches)
 
     old = dense_layers(source)
+    for i, layer in enumerate(old):
+        if not all(role.weight.isfinite().all() for role in (layer.query, layer.key, layer.value, layer.output)):
+            raise ValueError(f"the attention of layer {i} has weights that are infinite or no numbers")
     inputs = [None] * len(old) if measured is None else measured.inputs
     layers = [fit_scheme(layer, config, seen) for layer, seen in zip(old, inputs, strict=True)]
     blocks = _blocks(config.num_atoms, dictionary_groups, measured, len(old))
@@ -85,18 +95,20 @@ def from_stock(
         converted = _share_depth(converted, config, layers, blocks, root, measured, spread_rank)
 
     head_dim = config.hidden_size // config.num_attention_heads
+    roots = [None if seen is None else Metric.of(seen).root for seen in inputs]
     errors = [
-        layer_errors(before, after, head_dim, layer.head_order)
-        for before, after, layer in zip(old, dense_layers(converted), layers, strict=True)
+        layer_errors(before, after, head_dim, layer.head_order, root)
+        for before, after, layer, root in zip(old, dense_layers(converted), layers, roots, strict=True)
     ]
     report = ConversionReport(
         attention_scheme,
         depth_sharing,
         errors,
-        parameters_before=attention_parameters(model if type(model) in STOCK_CLASSES else source),
+        parameters_before=attention_parameters(model if is_ours else source),
         parameters_after=attention_parameters(converted),
         total_before=model.num_parameters(),
         total_after=converted.num_parameters(),
+        measured_on="weights" if batches is None else "inputs",
         layer_ranks=converted.config.layer_ranks,
         dictionary_groups=blocks if dictionary_groups > 1 else None,
     )
@@ -105,17 +117,15 @@ def from_stock(
 
 def _new_config(config: SharedAttentionConfig, attention_scheme: str, depth_sharing: str = "none", **changes):
     """Makes the config of the converted model; what was said of another scheme or depth sharing goes."""
-    stated = {
-        name: value for name, value in config.to_dict().items() if name not in ("model_type", "num_key_value_heads")
-    }
+    stated = _fields_of(config) | {"num_key_value_heads": None}
     reset = dict.fromkeys(("attention_scale", "num_atoms", "num_groups", "rank", "layer_ranks"))
     reset |= {"coefficient_source": "direct", "depth_shared_matrices": "qkv"}
     asked = {"attention_scheme": attention_scheme, "depth_sharing": depth_sharing, **changes}
     return type(config)(**(stated | reset | asked))
 
 
-def _stated(config: SharedAttentionConfig) -> dict:
-    return {name: getattr(config, name) for name in ("attention_scheme", "depth_sharing", *_CONFIG_FIELDS)}
+def _fields_of(config: SharedAttentionConfig) -> dict:
+    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
 
 
 def _check(config: SharedAttentionConfig, has_text: bool, dictionary_groups: int, spread_rank: bool):
@@ -211,7 +221,7 @@ def _share_depth(
         widths = [width for linear in names for width in config.matrix_widths(linear).values()]
         gains = [[factors[name][i][0] for name in remainders] for i in range(len(layers))]
         ranks = spread_ranks(gains, config.rank, [width + config.hidden_size for width in widths])
-        config = _new_config(config, **{**_stated(config), "rank": None, "layer_ranks": ranks})
+        config = type(config)(**{**_fields_of(config), "rank": None, "layer_ranks": ranks})
 
     model = build_like(type(separate), config, separate)
     _copy_common(separate, model)

@@ -21,6 +21,8 @@ class ConversionReport:
         errors: for every layer, the relative errors ‖W' - W‖ / ‖W‖ of "query", "key", "value" and "output" (per head
             in the basis where old and new come closest: attention knows no other), and of the products that alone
             make a difference, "logits" (query · key, head by head) and "result" (value · output).
+        measured_on: "inputs" where calibration text was given: the errors are of what query, key and value are for
+            the layer's inputs, which is what was fitted; else "weights".
         parameters_before, parameters_after: of attention, biases included.
         total_before, total_after: of the whole model.
         layer_ranks: the ranks that were chosen, where they were spread.
@@ -34,6 +36,7 @@ class ConversionReport:
     parameters_after: int
     total_before: int
     total_after: int
+    measured_on: str = "weights"
     layer_ranks: list[list[int]] | None = None
     dictionary_groups: list[tuple[int, int, int]] | None = None
 
@@ -48,9 +51,14 @@ class ConversionReport:
         rows = [(str(i), row) for i, row in enumerate(self.errors)] + [("all", self.all_errors())]
         return "\n".join(
             [
-                f"relative errors of the layers, {self.attention_scheme}, depth sharing {self.depth_sharing}",
+                f"{self.attention_scheme}, depth sharing {self.depth_sharing}: relative errors on {self.measured_on}",
                 f"{'layer':>5}" + "".join(f"{column:>9}" for column in COLUMNS),
                 *(f"{name:>5}" + "".join(f"{row[column]:9.4f}" for column in COLUMNS) for name, row in rows),
+                *(
+                    [f"layers and atoms of the dictionary's groups: {self.dictionary_groups}"]
+                    * bool(self.dictionary_groups)
+                ),
+                *([f"ranks of each layer's matrices: {self.layer_ranks}"] * bool(self.layer_ranks)),
                 _saved("attention", self.parameters_before, self.parameters_after),
                 _saved("model", self.total_before, self.total_after),
             ]
@@ -58,7 +66,8 @@ class ConversionReport:
 
 
 def _saved(name: str, before: int, after: int) -> str:
-    return f"parameters of the {name}: {before:,} → {after:,} ({1 - after / before:.1%} fewer)"
+    share = 1 - after / before
+    return f"parameters of the {name}: {before:,} → {after:,} ({abs(share):.1%} {'fewer' if share >= 0 else 'more'})"
 
 
 def attention_parameters(model: PreTrainedModel) -> int:
@@ -68,14 +77,22 @@ def attention_parameters(model: PreTrainedModel) -> int:
 
 
 def layer_errors(
-    before: DenseAttention, after: DenseAttention, head_dim: int, head_order: torch.Tensor | None = None
+    before: DenseAttention,
+    after: DenseAttention,
+    head_dim: int,
+    head_order: torch.Tensor | None = None,
+    root: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Compares two layers; see `ConversionReport`.
 
     Args:
         head_order: which head of `before` each head of `after` stands for.
+        root: of the inputs' autocorrelation, [hidden, hidden]; None takes the identity.
     """
     old, new = Heads.of(before, head_dim), Heads.of(after, head_dim)
+    if root is not None:
+        for heads in (old, new):
+            heads.query, heads.key, heads.value = root @ heads.query, root @ heads.key, root @ heads.value
     if head_order is not None:
         old = old.reordered(head_order)
     errors = {}

@@ -125,17 +125,8 @@ def read_stock(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: naming an architecture, a head or an option of GPT-2 that has no counterpart.
     """
-    shared_class = SHARED_CLASSES.get(type(model))
-    if shared_class is None:
-        raise ValueError(
-            f"{type(model).__name__} cannot be converted; from_stock takes "
-            f"{', '.join(cls.__name__ for cls in SHARED_CLASSES)} and the models of this package"
-        )
-    config = model.config
-    for option in ("is_decoder", "add_cross_attention", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
-        if getattr(config, option, False):
-            raise ValueError(f"{type(model).__name__} with {option}=True cannot be converted: turn the option off")
-    shared = build_like(shared_class, _shared_config(config), model)
+    config = standard_config(model)
+    shared = build_like(SHARED_CLASSES[type(model)], config, model)
     shared.load_state_dict(model.state_dict())
     if getattr(model, "generation_config", None) is not None:
         shared.generation_config = copy.deepcopy(model.generation_config)
@@ -159,7 +150,17 @@ def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return GPT2Config(**fields, **renamed, **dropout)
 
 
-def _shared_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def standard_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Makes the config that `read_stock` gives a stock model, and raises its errors."""
+    if type(model) not in SHARED_CLASSES:
+        raise ValueError(
+            f"{type(model).__name__} cannot be converted; from_stock takes "
+            f"{', '.join(cls.__name__ for cls in SHARED_CLASSES)} and the models of this package"
+        )
+    config = model.config
+    for option in ("is_decoder", "add_cross_attention", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+        if getattr(config, option, False):
+            raise ValueError(f"{type(model).__name__} with {option}=True cannot be converted: turn the option off")
     fields = {name: getattr(config, name) for name in _COMMON_FIELDS}
     if isinstance(config, BertConfig):
         return SharedBertConfig(**fields, **{name: getattr(config, name) for name in _BERT_FIELDS}, **_STANDARD_BERT)

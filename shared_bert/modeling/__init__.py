@@ -4,6 +4,7 @@ from .attention import SelfAttention
 from .configuration_shared_attention import SharedAttentionConfig
 from .configuration_shared_bert import SharedBertConfig
 from .configuration_shared_gpt import SharedGptConfig
+from .depth_sharing import fix_coefficients
 from .modeling_shared_bert import (
     SharedBertForMaskedLM,
     SharedBertForMultipleChoice,
@@ -41,4 +42,5 @@ __all__ = [
     "SharedGptForTokenClassification",
     "SharedGptModel",
     "SharedGptPreTrainedModel",
+    "fix_coefficients",
 ]

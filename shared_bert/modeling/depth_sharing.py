@@ -7,9 +7,9 @@
 | ``repeat_all_over`` | the stack repeats: A B A B A B | |
 
 `DepthSharing` belongs to the model and not to a layer, holds each shared tensor once, and makes the matrices of all
-layers once per forward, in float32 also under autocast. The layers take them as arguments (`SharedLinear`), so that
-checkpointing, DDP, FSDP and `torch.compile` see nothing but tensors. ``low_rank`` shares nothing between layers:
-its factors are in `LowRankLinear`.
+layers once per forward, in the parameters' own type also under autocast. The layers take them as arguments
+(`SharedLinear`), so that checkpointing, DDP, FSDP and `torch.compile` see nothing but tensors. ``low_rank`` shares
+nothing between layers: its factors are in `LowRankLinear`.
 """
 
 import torch
@@ -152,6 +152,16 @@ class DepthSharing(nn.ModuleDict):
             for matrix in self.values():
                 matrix.fix_coefficients()
             self.config.coefficient_source = "direct"
+
+
+def fix_coefficients(model: nn.Module):
+    """Makes a trained model one for inference: the coefficients of ``masa`` take the place of their networks.
+
+    Nothing changes for other models. `scripts/pretrain.py` does so with the models it saves, not with checkpoints.
+    """
+    for module in model.modules():
+        if isinstance(module, DepthSharing):
+            module.fix_coefficients()
 
 
 def make_depth_sharing(config) -> DepthSharing | None:

@@ -198,7 +198,9 @@ class SharedBertPredictionHead(nn.Module):
 
 def _drop_second_name(module, state_dict, prefix, *args):
     if f"{prefix}bias" in state_dict:
-        state_dict[f"{prefix}decoder.bias"] = state_dict.pop(f"{prefix}bias")
+        # Where the head is not tied the two are different parameters, and stock adds the decoder's.
+        state_dict.setdefault(f"{prefix}decoder.bias", state_dict[f"{prefix}bias"])
+        del state_dict[f"{prefix}bias"]
 
 
 class SharedBertForMaskedLM(SharedBertPreTrainedModel):

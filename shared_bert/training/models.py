@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 import shared_bert
 
-from ..modeling.depth_sharing import DepthSharing
 from .arguments import ModelArguments
 from .checkpoints import UNFINISHED
 from .yaml_files import check_keys, load_mapping
@@ -73,9 +72,7 @@ def fix_saved_coefficients(folder: str | Path):
     if getattr(config, "coefficient_source", "direct") == "direct":
         return
     model = getattr(shared_bert, config.architectures[0]).from_pretrained(folder)
-    for module in model.modules():
-        if isinstance(module, DepthSharing):
-            module.fix_coefficients()
+    shared_bert.fix_coefficients(model)
     whole = Path(folder, UNFINISHED)
     shutil.rmtree(whole, ignore_errors=True)  # what a killed run left
     model.save_pretrained(whole)
