@@ -195,8 +195,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    # Python would stop at once; like this, what is half written is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         parsed = parse(arguments)
         parsed.run(parsed)
@@ -207,4 +205,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Python would stop at once; like this, what is half written is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))

@@ -99,9 +99,9 @@ def test_a_model_with_shared_depth_comes_back(kind, scheme, input_ids):
 
 
 @pytest.mark.parametrize("cls", STOCK_CLASSES, ids=lambda cls: cls.__name__)
-def test_every_head_is_kept(cls, input_ids):
+def test_every_head_is_kept(cls, input_ids, batches):
     stock = to_stock(random_model(cls, attention_scheme="standard", attention_bias=True))
-    converted, _ = from_stock(stock, depth_sharing="masa", num_atoms=LAYERS, calibration=[{"input_ids": input_ids}])
+    converted, _ = from_stock(stock, depth_sharing="masa", num_atoms=LAYERS, calibration=batches)
     assert type(converted) is cls
     ids = input_ids.unsqueeze(0) if "MultipleChoice" in cls.__name__ else input_ids
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -422,10 +422,10 @@ def test_converted_models_are_saved_and_trained(tmp_path, input_ids):
     assert all(math.isfinite(float(p.grad.norm())) for p in model.parameters())
 
 
-def test_the_source_stays_as_it_is(input_ids):
+def test_the_source_stays_as_it_is(batches):
     stock = random_stock("gpt")
     before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
-    from_stock(stock, "shared", "masa", num_atoms=1, calibration=[{"input_ids": input_ids}])
+    from_stock(stock, "shared", "masa", num_atoms=1, calibration=batches)
     assert all(torch.equal(tensor, before[name]) for name, tensor in stock.state_dict().items())
 
 
@@ -439,7 +439,8 @@ def test_the_source_stays_as_it_is(input_ids):
         ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ({"attention_scheme": "shared", "num_key_value_heads": 2}, "num_key_value_heads=2"),
         ({"hidden_size": 64}, "hidden_size=64"),
-        ({"calibration": []}, "calibration text is empty"),
+        ({"calibration": []}, "0 tokens, fewer than hidden_size=32"),
+        ({"calibration": [torch.ones(2, 40)]}, "mapping with input_ids"),
         ({"dictionary_groups": 2}, "dictionary_groups=2"),
         ({"depth_sharing": "masa", "num_atoms": 2, "dictionary_groups": 2}, "give calibration"),
         ({"depth_sharing": "masa", "num_atoms": 1, "dictionary_groups": 2}, "num_atoms=1"),
@@ -458,3 +459,62 @@ def test_unknown_models_are_named():
     gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, add_cross_attention=True, **TOKENS)
     with pytest.raises(ValueError, match="add_cross_attention"):
         from_stock(GPT2LMHeadModel(gpt2))
+
+
+def test_weights_that_are_not_finite_are_named():
+    stock = random_stock("bert")
+    with torch.no_grad():
+        stock.bert.encoder.layer[1].attention.self.key.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="layer 1"):
+        from_stock(stock, "shared")
+
+
+def test_a_missing_scipy_is_named_before_any_work(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"shared_bert\[convert\]"):
+        from_stock(random_stock("bert"), depth_sharing="sequential", num_groups=2)
+
+
+def test_pruned_heads_stay_pruned(scheme, input_ids, batches):
+    """A head whose query, or whose value, is zero has no best fit of its own, and must not spoil the others."""
+    stock = random_stock("bert")
+    with torch.no_grad():
+        attention = stock.bert.encoder.layer[0].attention.self
+        attention.query.weight[:HEAD_DIM] = attention.query.bias[:HEAD_DIM] = 0
+        attention.value.weight[HEAD_DIM : 2 * HEAD_DIM] = 0
+    for calibration in (None, batches):
+        converted, report = from_stock(stock, scheme, calibration=calibration)
+        assert all(math.isfinite(error) for row in report.errors for error in row.values())
+        assert converted(input_ids).logits.isfinite().all()
+
+
+def test_the_report_is_of_the_inputs_where_they_are_known(batches):
+    """With text, the error is that of query · key over all pairs of inputs, head by head."""
+    stock = random_stock("bert")
+    source = read_stock(stock)
+    converted, report = from_stock(stock, "pairwise", calibration=batches)
+    assert report.measured_on == "inputs"
+    old, new = (products(dense_layers(model)[0])[0] for model in (source, converted))
+    states = []
+    with torch.no_grad():
+        for batch in batches:
+            is_text = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            states.append(source(**batch, output_hidden_states=True).hidden_states[0][is_text].double())
+    inputs = torch.cat(states)
+    logits, fitted = inputs @ old @ inputs.T, inputs @ new @ inputs.T
+    assert report.errors[0]["logits"] == pytest.approx(float((fitted - logits).norm() / logits.norm()), rel=0.02)
+    weights_only, _ = from_stock(stock, "pairwise")
+    unseeing = inputs @ products(dense_layers(weights_only)[0])[0] @ inputs.T
+    assert (fitted - logits).norm() < (unseeing - logits).norm()
+
+
+def test_a_model_without_biases_stays_without(input_ids):
+    model = random_model(shared_bert.SharedGptForCausalLM, attention_scheme="shared")
+    converted, report = from_stock(model, "shared")
+    assert not converted.config.attention_bias
+    assert not converted.config.mlp_bias
+    assert report.total_after == report.total_before
+    assert_same_outputs(model, converted, input_ids)
+    larger, report = from_stock(model, "standard")
+    assert "more)" in str(report)
+    assert_same_outputs(model, larger, input_ids)

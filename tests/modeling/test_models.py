@@ -82,6 +82,16 @@ def test_standard_is_the_stock_model(kind, ours, stock, input_ids):
             torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-6)
 
 
+def test_an_untied_stock_head_keeps_the_bias_it_adds(input_ids):
+    """Stock has two biases then, of which it adds and trains the decoder's."""
+    torch.manual_seed(0)
+    stock = BertForMaskedLM(BertConfig(**TINY, **NO_DROPOUT, tie_word_embeddings=False)).eval()
+    torch.nn.init.normal_(stock.cls.predictions.decoder.bias)
+    model = tiny_model("bert", attention_scheme="standard", tie_word_embeddings=False)
+    model.load_state_dict(stock.state_dict())
+    torch.testing.assert_close(logits(model, input_ids), logits(stock, input_ids), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "ours", "stock"), HEADS[1:5] + HEADS[6:], ids=lambda x: getattr(x, "__name__", x))
 def test_losses_of_the_heads_are_the_stock_ones(kind, ours, stock, input_ids):
     torch.manual_seed(0)

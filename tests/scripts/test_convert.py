@@ -243,8 +243,9 @@ def test_healing(convert, stock, text, tmp_path, kind, input_ids):
     folder, out = stock(kind), tmp_path / "out"
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "1_Pooling" / "pytorch_model.bin").write_text("a layer of sentence-transformers")
     assert convert(["from-stock", str(folder), str(out), *heal_options(text, "--max_steps", "60")]) == 0
-    assert (out / "1_Pooling" / "config.json").exists()
+    assert {path.name for path in (out / "1_Pooling").iterdir()} == {"config.json", "pytorch_model.bin"}
     assert {path.name for path in out.glob("checkpoint-*")} >= {"checkpoint-5", "checkpoint-60"}
     assert (out / "converted" / "conversion.json").exists()
     assert AutoTokenizer.from_pretrained(out).get_vocab()
@@ -287,7 +288,7 @@ class KilledTrainer(healing.HealingTrainer):
 
 def save(self, folder, **kwargs):
     plain_save(self, folder, **kwargs)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), int(os.environ["KILL_IN_SAVING"]))
 
 healing.HealingTrainer = KilledTrainer
 if "KILL_IN_SAVING" in os.environ:
@@ -303,8 +304,8 @@ def run_there(*arguments, **environment):
 @pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(convert, stock, text, tmp_path):
     folder, out, healed = stock("bert"), tmp_path / "out", tmp_path / "healed"
-    assert run_there(folder, out, KILL_IN_SAVING="1").returncode == -signal.SIGKILL
-    assert run_there(folder, healed, *heal_options(text), KILL_IN_SAVING="1").returncode == -signal.SIGKILL
+    assert run_there(folder, out, KILL_IN_SAVING="9").returncode == -signal.SIGKILL
+    assert run_there(folder, healed, *heal_options(text), KILL_IN_SAVING="9").returncode == -signal.SIGKILL
     assert not out.exists()
     assert [path.name for path in healed.iterdir()] == ["converted.unfinished"]
     assert convert(["from-stock", str(folder), str(out)]) == 0
@@ -312,6 +313,13 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(convert, stock, tex
     assert convert(resumed) == 0
     assert {"model.safetensors", "converted"} < {path.name for path in healed.iterdir()}
     assert not list(tmp_path.rglob("*.unfinished"))
+
+
+@pytest.mark.slow
+def test_a_terminated_conversion_leaves_nothing(stock, tmp_path):
+    folder, out = stock("bert"), tmp_path / "out"
+    assert run_there(folder, out, KILL_IN_SAVING="15").returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.slow
