@@ -120,7 +120,7 @@ def card(result: dict) -> str:
         report, spearman, healing = row["report"], row["spearman"], row.get("healing", {})
         saved = 1 - report["parameters_after"] / report["parameters_before"]
         errors = [f"{e['logits']:.2f} / {e['result']:.2f}" for e in (row["errors_of_weights"], report["all_errors"])]
-        cells = [f"`{name}`", f"{saved:.1%}", *errors]
+        cells = [f"`{name}`", f"{round(saved, 3) + 0.0:.1%}", *errors]
         cells += [
             f"{spearman[column]:.4f}" if column in spearman else ""
             for column in ("unaligned", "weights_only", "calibrated", "healed")

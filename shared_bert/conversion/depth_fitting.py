@@ -158,8 +158,9 @@ def align_layers(
     counted = {group: members for group, members in counted.items() if members}
     still = [name for name in names if not any(name in group for group in counted)]
     in_order = "x" in (config.scheme.query, config.scheme.key, config.scheme.value)  # the input's heads stand still
-    order = torch.arange(heads).repeat(len(layers), 1)
     identity = torch.eye(config.hidden_size // heads).to(own[names[0]])
+    places = torch.arange(heads, device=identity.device)
+    order = places.repeat(len(layers), 1)
     turns = {group: identity.expand(len(layers), heads, -1, -1) for group in counted}
 
     held = 0.0
@@ -181,7 +182,7 @@ def align_layers(
             for name in still:
                 gain += torch.einsum("lhij,lgij->lhg", own[name], wanted[name])
             best = _best_orders(gain)
-            in_order = bool((best == torch.arange(heads)).all())  # to look on costs more than all the rest
+            in_order = bool((best == places).all())  # to look on costs more than all the rest
             order = order.gather(1, best)
             own = {name: _take(matrix, best) for name, matrix in own.items()}
             turns = {group: _take(turn, best) for group, turn in turns.items()}

@@ -70,7 +70,7 @@ def test_the_overhead_of_depth_sharing_is_written_down(tmp_path):
     sharing = "depth_sharing=masa,num_atoms=2,coefficient_source=network"
     run = subprocess.run(
         [
-            *(sys.executable, "scripts/benchmark.py", "depth", "--shapes", "2x16", "--rounds", "2"),
+            *(sys.executable, "scripts/benchmark.py", "depth", "--shapes", "2x16", "--rounds", "1"),
             *("--model_fields", fields, "--sharing", sharing, "--output", output),
         ],
         capture_output=True,
