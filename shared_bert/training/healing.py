@@ -90,8 +90,9 @@ def heal(
     trainer.save_metrics("eval", evaluation)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        title = f"{type(model).__name__} ({model.config.attention_scheme}), healing"
-        log, loss_name = trainer.state.log_history, "relative error of hidden states + KL divergence (nats)"
+        title = f"{type(model).__name__} ({model.config.attention_scheme}, {model.config.depth_sharing}), healing"
+        has_predictions = isinstance(model, _LANGUAGE_MODELS)
+        log, loss_name = trainer.state.log_history, "error of states" + " + KL divergence (nats)" * has_predictions
         save_loss_curve(training_args.output_dir, log, None, title, loss_name)
         print(f"healed to a loss of {evaluation['eval_loss']:.4f}; the model is in {training_args.output_dir}")
     return {**metrics, **evaluation}
