@@ -29,6 +29,7 @@ from ..modeling import SharedAttentionConfig
 from .dense import Affine, DenseAttention
 
 _ITERATIONS = 20
+_SHRINKAGE = 1e-3
 # Directions whose eigenvalue in ``unified`` is below this share of the largest keep it, for the value's sake.
 _LEAST_EIGENVALUE = 1e-3
 
@@ -100,10 +101,10 @@ class Metric:
     inverse: torch.Tensor
 
     @classmethod
-    def of(cls, autocorrelation: torch.Tensor, shrinkage: float = 1e-3) -> "Metric":
+    def of(cls, autocorrelation: torch.Tensor) -> "Metric":
         """Takes the roots of [n, n]; directions that the inputs hardly have are counted with a share of the mean."""
         eigenvalues, vectors = torch.linalg.eigh(autocorrelation)
-        eigenvalues = eigenvalues.clamp(min=0) + shrinkage * eigenvalues.mean().clamp(min=1e-12)
+        eigenvalues = eigenvalues.clamp(min=0) + _SHRINKAGE * eigenvalues.mean().clamp(min=1e-12)
         root = eigenvalues.sqrt()
         return cls(vectors * root @ vectors.T, vectors / root @ vectors.T)
 

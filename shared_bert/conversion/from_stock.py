@@ -62,7 +62,7 @@ def from_stock(
             raise ValueError(f"{name}={value!r} is no option of from_stock; it takes {', '.join(_CONFIG_FIELDS)}")
     is_ours = type(model) in STOCK_CLASSES
     stated = model.config if is_ours else standard_config(model)
-    config = _new_config(stated, attention_scheme, depth_sharing, **config_fields)
+    config = stated.with_attention(attention_scheme=attention_scheme, depth_sharing=depth_sharing, **config_fields)
     _check(config, calibration is not None, dictionary_groups, spread_rank)
     if align and can_align(config):
         check_scipy()
@@ -84,8 +84,8 @@ def from_stock(
         layers = align_layers(layers, config, blocks, root)
 
     # The scheme by itself, in the model whose matrices are shared or factored next.
-    separate = {name: getattr(config, name) for name in ("num_key_value_heads", "attention_scale")}
-    converted = build_like(type(source), _new_config(config, attention_scheme, **separate), source)
+    of_scheme = {f: getattr(config, f) for f in ("attention_scheme", "num_key_value_heads", "attention_scale")}
+    converted = build_like(type(source), config.with_attention(**of_scheme), source)
     _copy_common(source, converted)
     for attention, layer in zip(attention_layers(converted), layers, strict=True):
         _write_layer(attention, layer)
@@ -113,19 +113,6 @@ def from_stock(
         dictionary_groups=blocks if dictionary_groups > 1 else None,
     )
     return converted, report
-
-
-def _new_config(config: SharedAttentionConfig, attention_scheme: str, depth_sharing: str = "none", **changes):
-    """Makes the config of the converted model; what was said of another scheme or depth sharing goes."""
-    stated = _fields_of(config) | {"num_key_value_heads": None}
-    reset = dict.fromkeys(("attention_scale", "num_atoms", "num_groups", "rank", "layer_ranks"))
-    reset |= {"coefficient_source": "direct", "depth_shared_matrices": "qkv"}
-    asked = {"attention_scheme": attention_scheme, "depth_sharing": depth_sharing, **changes}
-    return type(config)(**(stated | reset | asked))
-
-
-def _fields_of(config: SharedAttentionConfig) -> dict:
-    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
 
 
 def _check(config: SharedAttentionConfig, has_text: bool, dictionary_groups: int, spread_rank: bool):
@@ -221,7 +208,7 @@ def _share_depth(
         widths = [width for linear in names for width in config.matrix_widths(linear).values()]
         gains = [[factors[name][i][0] for name in remainders] for i in range(len(layers))]
         ranks = spread_ranks(gains, config.rank, [width + config.hidden_size for width in widths])
-        config = type(config)(**{**_fields_of(config), "rank": None, "layer_ranks": ranks})
+        config = type(config).from_dict({**config.to_dict(), "rank": None, "layer_ranks": ranks})
 
     model = build_like(type(separate), config, separate)
     _copy_common(separate, model)

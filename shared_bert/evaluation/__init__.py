@@ -1,7 +1,7 @@
 """Measurements: what a model costs, and what it is worth."""
 
 from .efficiency import StepSettings, TrainingStep, compare_training_steps, environment, peak_memory
-from .parameters import Cost, cost_table, load_config, model_cost, standard_config
+from .parameters import Cost, cost_table, load_config, model_cost
 from .sentence_similarity import sentence_embeddings, similarity_spearman
 
 __all__ = [
@@ -16,5 +16,4 @@ __all__ = [
     "peak_memory",
     "sentence_embeddings",
     "similarity_spearman",
-    "standard_config",
 ]

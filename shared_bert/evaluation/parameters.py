@@ -15,19 +15,6 @@ from ..training.arguments import ModelArguments
 from ..training.models import config_fields, make_model
 from ..training.throughput import training_flops_per_token
 
-# What a config's fields must be for every layer to have a query, a key and a value matrix of its own.
-_STANDARD = {
-    "attention_scheme": "standard",
-    "attention_scale": None,
-    "num_key_value_heads": None,
-    "depth_sharing": "none",
-    "num_atoms": None,
-    "num_groups": None,
-    "rank": None,
-    "layer_ranks": None,
-    "coefficient_source": "direct",
-}
-
 
 def load_config(path: str | Path, overrides: dict[str, Any] | str | None = None) -> PreTrainedConfig:
     """Reads the config of a YAML or JSON file with a `model_type`, or of a saved model's folder.
@@ -75,18 +62,9 @@ def model_cost(config: PreTrainedConfig, sequence_length: int) -> Cost:
     The network that makes coefficients in training counts as the coefficients that replace it.
     """
     with torch.device("meta"):
-        model = make_model(_with_fields(config, coefficient_source="direct"))
+        model = make_model(type(config).from_dict({**config.to_dict(), "coefficient_source": "direct"}))
     # Backward takes twice the operations of forward.
     return Cost(_parameters_by_group(model), training_flops_per_token(model, sequence_length) / 3)
-
-
-def standard_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Gives the same shape and head with standard attention, nothing of it shared."""
-    return _with_fields(config, **_STANDARD)
-
-
-def _with_fields(config: PreTrainedConfig, **fields) -> PreTrainedConfig:
-    return AutoConfig.for_model(**config.to_dict() | fields)
 
 
 def _parameters_by_group(model: PreTrainedModel) -> dict[str, int]:
@@ -108,7 +86,7 @@ def _parameters_by_group(model: PreTrainedModel) -> dict[str, int]:
 
 
 def cost_table(config: PreTrainedConfig, sequence_length: int | None = None) -> str:
-    """Sets the cost of a config beside that of `standard_config`, group by group, with the share saved.
+    """Sets the cost of a config beside standard attention's, group by group, with the share saved.
 
     Args:
         sequence_length: tokens per row, on which the FLOPs depend; None takes `max_position_embeddings`.
@@ -120,7 +98,7 @@ def cost_table(config: PreTrainedConfig, sequence_length: int | None = None) -> 
     length = longest if sequence_length is None else sequence_length
     if not 1 <= length <= longest:
         raise ValueError(f"sequence_length={length} must be at least 1 and at most max_position_embeddings={longest}")
-    own, standard = (model_cost(c, length) for c in (config, standard_config(config)))
+    own, standard = (model_cost(c, length) for c in (config, config.with_attention()))
     rows = [(group, own.parameters[group], standard.parameters[group]) for group in own.parameters]
     rows.append(("parameters", own.total, standard.total))
     rows.append(("forward FLOPs/token", own.forward_flops, standard.forward_flops))

@@ -18,6 +18,11 @@ DEPTH_SHARING = {
     "repeat_all_over": "num_groups",
     "low_rank": "rank",
 }
+# What `with_attention` does not keep.
+_CHOICES = (
+    "attention_scheme", "attention_scale", "num_key_value_heads", "depth_sharing", "depth_shared_matrices",
+    "num_atoms", "num_groups", "rank", "layer_ranks", "coefficient_source",
+)  # fmt: skip
 
 
 @strict
@@ -88,6 +93,11 @@ class SharedAttentionConfig(PreTrainedConfig):
         """Whether attention is the stock model's, matrix by matrix."""
         grouped = self.num_key_value_heads != self.num_attention_heads
         return self.attention_scheme == "standard" and self.depth_sharing == "none" and not grouped
+
+    def with_attention(self, **fields) -> "SharedAttentionConfig":
+        """Makes a config of the same shape, biases and head, whose attention is standard but for `fields`."""
+        kept = {name: value for name, value in self.to_dict().items() if name not in (*_CHOICES, "model_type")}
+        return type(self)(**kept | {"attention_scheme": "standard"} | fields)
 
     @property
     def shared_maps(self) -> tuple[str, ...]:

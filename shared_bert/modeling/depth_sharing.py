@@ -42,7 +42,7 @@ def initial_coefficients(num_layers: int, num_atoms: int, how: str) -> torch.Ten
 class CoefficientNetwork(nn.Module):
     """Makes the coefficients while training, from an embedding of each layer, by a network of three layers.
 
-    For inference its result takes its place (`SharedMatrix.fix_coefficients`). The paper gives no sizes.
+    For inference its result takes its place (`fix_coefficients`). The paper gives no sizes.
     """
 
     def __init__(self, num_layers: int, num_atoms: int, size: int = 64):
@@ -97,15 +97,13 @@ class SharedMatrix(nn.Module):
         """Starts the matrix of every layer with entries of standard deviation `std`."""
         init.normal_(self.atoms, std=std)
         if self.config.depth_sharing == "masa":
-            coefficients = initial_coefficients(*self.coefficient_shape, self.config.coefficient_init)
+            coefficients = initial_coefficients(
+                self.config.num_hidden_layers, len(self.atoms), self.config.coefficient_init
+            )
             if self.config.coefficient_source == "network":
                 self.coefficients.init_weights(coefficients)
             else:
                 init.copy_(self.coefficients, coefficients)
-
-    @property
-    def coefficient_shape(self) -> tuple[int, int]:
-        return self.config.num_hidden_layers, len(self.atoms)
 
     def layer_coefficients(self) -> torch.Tensor:
         """Gives the coefficients of ``masa``, [layers, atoms]."""
@@ -146,22 +144,18 @@ class DepthSharing(nn.ModuleDict):
         groups = next(iter(self.values())).groups
         return [weights[group] for group in groups]
 
-    def fix_coefficients(self):
-        """Puts the coefficients in the place of the networks that make them, in the config too: for inference."""
-        if self.config.coefficient_source == "network":
-            for matrix in self.values():
-                matrix.fix_coefficients()
-            self.config.coefficient_source = "direct"
-
 
 def fix_coefficients(model: nn.Module):
     """Makes a trained model one for inference: the coefficients of ``masa`` take the place of their networks.
 
-    Nothing changes for other models. `scripts/pretrain.py` does so with the models it saves, not with checkpoints.
+    Nothing changes without such networks. `scripts/pretrain.py` does so when it saves a model, not with checkpoints.
     """
+    if model.config.coefficient_source == "direct":
+        return
     for module in model.modules():
-        if isinstance(module, DepthSharing):
+        if isinstance(module, SharedMatrix):
             module.fix_coefficients()
+    model.config.coefficient_source = "direct"
 
 
 def make_depth_sharing(config) -> DepthSharing | None:

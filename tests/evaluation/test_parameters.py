@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared_bert import SharedBertConfig, SharedGptConfig
-from shared_bert.evaluation import cost_table, load_config, model_cost, standard_config
+from shared_bert.evaluation import cost_table, load_config, model_cost
 from tests.conftest import LANGUAGE_MODELS, tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +16,7 @@ MASA = {"depth_sharing": "masa", "num_atoms": 4, "depth_shared_matrices": "qkvo"
 
 def test_the_papers_bert_base():
     config = load_config(ROOT / "configs/models/shared_bert_base.yaml")
-    shared, standard = model_cost(config, 512), model_cost(standard_config(config), 512)
+    shared, standard = model_cost(config, 512), model_cost(config.with_attention(), 512)
     assert (shared.total, standard.total) == (95_367_738, 109_514_298)
     d, layers = 768, 12
     assert standard.parameters == {
@@ -55,7 +55,7 @@ def test_standard_has_the_same_shape_and_head(kind):
     grouped = {"attention_scheme": "shared_kv", "num_key_value_heads": 2, "attention_scale": 0.7}
     masa = {"depth_sharing": "masa", "num_atoms": 2, "rank": 3, "coefficient_source": "network"}
     expected = tiny_config(kind, **fields, attention_scheme="standard")
-    assert standard_config(tiny_config(kind, **fields, **grouped, **masa)).to_dict() == expected.to_dict()
+    assert tiny_config(kind, **fields, **grouped, **masa).with_attention().to_dict() == expected.to_dict()
 
 
 def test_the_table_says_what_is_saved():

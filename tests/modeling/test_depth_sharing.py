@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from shared_bert import SCHEMES, SharedGptConfig, SharedGptModel
+from shared_bert import SCHEMES, SharedGptConfig, SharedGptModel, fix_coefficients
 from shared_bert.modeling.depth_sharing import DepthSharing, SharedMatrix
 from tests.conftest import LANGUAGE_MODELS, tiny_config, tiny_model
 
@@ -447,8 +447,7 @@ def test_shared_tensors_are_saved_once_and_load_bit_by_bit(kind, scheme, way, re
 def test_fixed_coefficients_are_those_of_the_network(kind, input_ids, tmp_path):
     model = make(kind, depth_shared_matrices="qkvo", **WAYS["masa_network"])
     expected = logits(model, input_ids)
-    (sharing,) = shared_modules(model, DepthSharing)
-    sharing.fix_coefficients()
+    fix_coefficients(model)
     assert torch.equal(logits(model, input_ids), expected)
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -461,7 +460,6 @@ def test_fixed_coefficients_are_those_of_the_network(kind, input_ids, tmp_path):
 def test_there_is_nothing_to_fix_without_a_network(kind, way):
     model = make(kind, **WAYS[way])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    (sharing,) = shared_modules(model, DepthSharing)
-    sharing.fix_coefficients()
+    fix_coefficients(model)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

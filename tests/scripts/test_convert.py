@@ -273,24 +273,13 @@ def test_a_run_stopped_before_its_first_checkpoint(convert, stock, text, tmp_pat
 
 # scripts/convert.py, killed where the environment says.
 KILLED = """
-import os, runpy, signal, sys
-from transformers import PreTrainedModel, TrainerCallback
-from shared_bert.training import healing
-
-class Killer(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == int(os.environ.get("KILL_AT_STEP", -1)):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-class KilledTrainer(healing.HealingTrainer):
-    def __init__(self, **kwargs):
-        super().__init__(callbacks=[Killer()], **kwargs)
+import os, runpy, sys
+from transformers import PreTrainedModel
 
 def save(self, folder, **kwargs):
     plain_save(self, folder, **kwargs)
     os.kill(os.getpid(), int(os.environ["KILL_IN_SAVING"]))
 
-healing.HealingTrainer = KilledTrainer
 if "KILL_IN_SAVING" in os.environ:
     plain_save, PreTrainedModel.save_pretrained = PreTrainedModel.save_pretrained, save
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
@@ -298,7 +287,9 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 
 def run_there(*arguments, **environment):
-    return runs.run("-c", KILLED, ROOT / "scripts" / "convert.py", "from-stock", *arguments, **environment)
+    return runs.run(
+        "-c", runs.KILLED_HEALING + KILLED, ROOT / "scripts" / "convert.py", "from-stock", *arguments, **environment
+    )
 
 
 @pytest.mark.slow

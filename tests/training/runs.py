@@ -77,3 +77,22 @@ def losses(output_dir: Path) -> dict[int, float]:
     """The training loss after each step."""
     curve = json.loads(Path(output_dir, "loss_curve.json").read_text())
     return {point["step"]: point["loss"] for point in curve["train"]}
+
+
+# Healing that is killed after the step that the environment names.
+KILLED_HEALING = """
+import os, signal
+from transformers import TrainerCallback
+from shared_bert.training import healing
+
+class Killer(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == int(os.environ.get("KILL_AT_STEP", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class KilledTrainer(healing.HealingTrainer):
+    def __init__(self, **kwargs):
+        super().__init__(callbacks=[Killer()], **kwargs)
+
+healing.HealingTrainer = KilledTrainer
+"""

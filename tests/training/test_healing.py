@@ -13,7 +13,7 @@ from shared_bert.training import DataArguments, PretrainingArguments, heal
 from shared_bert.training.healing import HealingTrainer, healing_loss
 
 from ..conftest import tiny_model
-from .runs import ROOT, losses, run, write_text
+from .runs import KILLED_HEALING, ROOT, losses, run, write_text
 
 KINDS = {"shared_bert": ("bert", "wordpiece"), "shared_gpt": ("gpt", "byte_bpe")}
 
@@ -139,23 +139,11 @@ def test_a_model_without_head_is_refused_under_fsdp(tmp_path, monkeypatch):
 
 # A run of 12 steps, killed after the step that the environment names.
 KILLED = """
-import os, signal, sys
+import sys
 from pathlib import Path
-from transformers import TrainerCallback
 import shared_bert
-from shared_bert.training import healing
 from tests.training.test_healing import heal_here, pair
 
-class Killer(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == int(os.environ.get("KILL_AT_STEP", -1)):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-class KilledTrainer(healing.HealingTrainer):
-    def __init__(self, **kwargs):
-        super().__init__(callbacks=[Killer()], **kwargs)
-
-healing.HealingTrainer = KilledTrainer
 student, teacher = pair(shared_bert.SharedGptForCausalLM)
 folder, resume = Path(sys.argv[1]), sys.argv[2]
 folder.mkdir(exist_ok=True)
@@ -166,7 +154,7 @@ heal_here(folder, student, teacher, max_steps=12, save_steps=5, resume_from_chec
 @pytest.mark.slow
 def test_resumption_is_exact(tmp_path):
     def heal_there(name, resume, **environment):
-        return run("-c", KILLED, tmp_path / name, resume, PYTHONPATH=str(ROOT), **environment)
+        return run("-c", KILLED_HEALING + KILLED, tmp_path / name, resume, PYTHONPATH=str(ROOT), **environment)
 
     whole = heal_there("whole", "false")
     assert whole.returncode == 0, whole.stderr
