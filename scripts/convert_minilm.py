@@ -36,6 +36,10 @@ def conversions(num_layers: int) -> dict[str, dict]:
     rows = {scheme: {"attention_scheme": scheme} for scheme in shared_bert.SCHEMES if scheme != "standard"}
     masa = {"depth_sharing": "masa"}
     rows |= {f"masa, S = {atoms}": {**masa, "num_atoms": atoms} for atoms in range(2, num_layers + 1)}
+    rows["masa, S = 4, 2 groups"] = {**masa, "num_atoms": 4, "dictionary_groups": 2}
+    for baseline in ("sequential", "repeat_all_over"):
+        rows[f"{baseline}, 3 groups"] = {"depth_sharing": baseline, "num_groups": 3}
+    rows["standard, 4 key heads"] = {"num_key_value_heads": 4}
     rows["masa of qkvo, S = 3"] = {**masa, "num_atoms": 3, "depth_shared_matrices": "qkvo"}
     rows["shared, masa, S = 3"] = {**masa, "num_atoms": 3, "attention_scheme": "shared"}
     rows["masa, S = 3, + rank 16"] = {**masa, "num_atoms": 3, "rank": 16, "spread_rank": True}
@@ -46,10 +50,12 @@ def conversions(num_layers: int) -> dict[str, dict]:
 def convert_row(options: dict, original: PreTrainedModel, calibration: list, measure) -> tuple[PreTrainedModel, dict]:
     """Converts with and without alignment and text; returns the best-founded conversion and what was measured."""
     row = {"options": options, "spearman": {}}
+    # Without text there is nothing to see where the layers drift, and ranks are all alike.
+    textless = {name: value for name, value in options.items() if name not in ("spread_rank", "dictionary_groups")}
     if "depth_sharing" in options and "rank" not in options:
-        plain, _ = shared_bert.from_stock(original, align=False, **options)
+        plain, _ = shared_bert.from_stock(original, align=False, **textless)
         row["spearman"]["unaligned"] = measure(plain)
-    closed, report = shared_bert.from_stock(original, **{k: v for k, v in options.items() if k != "spread_rank"})
+    closed, report = shared_bert.from_stock(original, **textless)
     row["spearman"]["weights_only"] = measure(closed)
     row["errors_of_weights"] = report.all_errors()
     start = time.perf_counter()
@@ -100,7 +106,7 @@ validation ({pairs} pairs; the original has {original:.4f}), and the error of th
 `scripts/convert_minilm.py`; `minilm_conversion.json` has every layer's errors.
 
 - *unaligned*: fitted to the weights alone, as MASA's authors do: no head is turned or moved.
-- *weights*: fitted to the weights alone, heads aligned.
+- *weights*: fitted to the weights alone, heads aligned; the dictionary in one group, all ranks alike.
 - *text*: fitted on {tokens:,} tokens of calibration text.
 - *healed*: that conversion, distilled on text from the original for the tokens that stand beside it. The text is
   {text}; nothing of STS-B is used.
