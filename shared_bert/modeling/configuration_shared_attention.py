@@ -3,10 +3,17 @@
 They are the same in every model.
 """
 
+import difflib
 import math
+from dataclasses import fields
+from functools import wraps
+from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .schemes import SCHEMES, Scheme
 
@@ -18,6 +25,57 @@ DEPTH_SHARING = {
     "repeat_all_over": "num_groups",
     "low_rank": "rank",
 }
+_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+# What a value must be, whatever the others are. Types are checked besides, but not of the base class's fields.
+_VALID = (
+    (
+        (
+            "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+            "max_position_embeddings", "type_vocab_size", "num_labels",
+        ),
+        lambda number: type(number) is int and 1 <= number < 2**31,
+        "a number of at least 1 and below 2147483648",
+    ),
+    (("num_hidden_layers",), lambda number: 1 <= number <= 10_000, "at least 1 and at most 10000"),
+    (
+        ("attention_probs_dropout_prob", "hidden_dropout_prob"),
+        lambda share: 0 <= share < 1,
+        "at least 0 and below 1",
+    ),
+    (
+        ("classifier_dropout",),
+        lambda share: share is None or 0 <= share < 1,
+        "at least 0 and below 1, or None",
+    ),
+    (("diagonal_init_std", "initializer_range"), lambda std: 0 <= std < math.inf, "a finite number, 0 or more"),
+    (("layer_norm_eps",), lambda number: 0 < number < math.inf, "a finite number above 0"),
+    (
+        ("attention_scale",),
+        lambda number: number is None or 0 < number < math.inf,
+        "a finite number above 0, or None",
+    ),
+    (("attention_scheme",), SCHEMES.__contains__, f"one of {', '.join(SCHEMES)}"),
+    (("pairwise_init",), ("normal", "identity").__contains__, "normal or identity"),
+    (("depth_sharing",), DEPTH_SHARING.__contains__, f"one of {', '.join(DEPTH_SHARING)}"),
+    (("depth_shared_matrices",), ("qkv", "qkvo").__contains__, "qkv or qkvo"),
+    (("coefficient_source",), ("direct", "network").__contains__, "direct or network"),
+    (("coefficient_init",), ("depth", "normal").__contains__, "depth or normal"),
+    (("hidden_act",), ACT2FN.__contains__, f"one of {', '.join(ACT2FN)}"),
+    (
+        ("dtype",),
+        lambda name: name is None or isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype),
+        "a type of torch, such as float32, or None",
+    ),
+    (
+        ("id2label",),
+        lambda names: names is None or (isinstance(names, dict) and names and all(str(i).isdecimal() for i in names)),
+        "names of the labels 0, 1 …, or None",
+    ),
+    (("problem_type",), _PROBLEM_TYPES.__contains__, "one of " + ", ".join(map(str, _PROBLEM_TYPES))),
+)  # fmt: skip
+# A keyword this like a field's name, and no field, is that field misspelt. What transformers itself hands on and saves
+# is less like any (`sep_token_id` comes nearest); all else stays allowed, as in every config of transformers.
+_MISSPELT = 0.85
 # What `with_attention` does not keep.
 _CHOICES = (
     "attention_scheme", "attention_scale", "num_key_value_heads", "depth_sharing", "depth_shared_matrices",
@@ -25,9 +83,27 @@ _CHOICES = (
 )  # fmt: skip
 
 
-@strict
+def checked(cls: type) -> type:
+    """Makes a config class `strict`, with ValueErrors in place of errors of a kind that nobody expects."""
+    cls = strict(cls)
+    cls.__setattr__, cls.validate = _with_value_errors(cls.__setattr__), _with_value_errors(cls.validate)
+    return cls
+
+
+def _with_value_errors(method):
+    @wraps(method)
+    def wrapper(*args):
+        try:
+            method(*args)
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__)) from error
+
+    return wrapper
+
+
+@checked
 class SharedAttentionConfig(PreTrainedConfig):
-    """Fields of `SelfAttention`, checked when a config is made.
+    """Fields of `SelfAttention`, checked when a config is made and when it is saved.
 
     Args:
         attention_scheme: a key of `schemes.SCHEMES`.
@@ -124,28 +200,41 @@ class SharedAttentionConfig(PreTrainedConfig):
             return ranks[number:] if linear == "output" else ranks[:number]
         return [self.rank or 0] * len(self.matrix_widths(linear))
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # transformers would set the fields among the keywords afterwards, one by one and unchecked.
+        own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        given = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        return super().from_dict({**config_dict, **given}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if self.num_key_value_heads == self.num_attention_heads:
+            values["num_key_value_heads"] = None  # with another number of heads this is no grouping
+        return values
+
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self._check_attention()
-        self._check_depth_sharing()
+        names = [field.name for field in fields(self)]
+        for name in kwargs:
+            if nearest := difflib.get_close_matches(name, names, n=1, cutoff=_MISSPELT):
+                raise ValueError(f"{name} is no field of {type(self).__name__}; the nearest one is {nearest[0]}")
+        _check_values({**vars(self), **kwargs})  # before the base class works with them
         super().__post_init__(**kwargs)
 
+    def validate_fields(self):
+        """Raises the ValueErrors of this class: a method of this name is called by `strict`."""
+        _check_values({**vars(self), "num_labels": self.num_labels})
+        self._check_attention()
+        self._check_depth_sharing()
+
     def _check_attention(self):
-        scheme = self.scheme
-        for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        for field in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 0 and below 1")
-        for field in ("diagonal_init_std", "initializer_range"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"{field}={getattr(self, field)} must be a finite number, 0 or more")
-        if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
-            raise ValueError(f"attention_scale={self.attention_scale} must be a finite number above 0, or None")
-        if self.pairwise_init not in ("normal", "identity"):
-            raise ValueError(f"pairwise_init={self.pairwise_init!r} must be 'normal' or 'identity'")
+        pad_token_id, vocab_size = (getattr(self, field, None) for field in ("pad_token_id", "vocab_size"))
+        if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
+            raise ValueError(
+                f"pad_token_id={pad_token_id} must be at least 0 and below vocab_size={vocab_size}, or None"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}"
@@ -155,7 +244,7 @@ class SharedAttentionConfig(PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        if self.num_key_value_heads != self.num_attention_heads and not scheme.can_group:
+        if self.num_key_value_heads != self.num_attention_heads and not self.scheme.can_group:
             groupable = ", ".join(name for name, row in SCHEMES.items() if row.can_group)
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} groups queries, but attention_scheme="
@@ -164,14 +253,6 @@ class SharedAttentionConfig(PreTrainedConfig):
             )
 
     def _check_depth_sharing(self):
-        for field, valid in (
-            ("depth_sharing", DEPTH_SHARING),
-            ("depth_shared_matrices", ("qkv", "qkvo")),
-            ("coefficient_source", ("direct", "network")),
-            ("coefficient_init", ("depth", "normal")),
-        ):
-            if getattr(self, field) not in valid:
-                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose one of {', '.join(valid)}")
         needed = DEPTH_SHARING[self.depth_sharing]
         allowed = {needed} if self.depth_sharing == "none" else {needed, "rank", "layer_ranks"}
         for field in ("num_atoms", "num_groups", "rank", "layer_ranks"):
@@ -211,3 +292,10 @@ class SharedAttentionConfig(PreTrainedConfig):
             raise ValueError(f"layer_ranks={self.layer_ranks} must be {shape}")
         if not all(0 <= rank <= self.hidden_size for row in self.layer_ranks for rank in row):
             raise ValueError(f"layer_ranks={self.layer_ranks} must lie between 0 and hidden_size={self.hidden_size}")
+
+
+def _check_values(values: dict[str, Any]):
+    for names, is_valid, wanted in _VALID:
+        for name in names:
+            if name in values and not is_valid(values[name]):
+                raise ValueError(f"{name}={values[name]!r} must be {wanted}")

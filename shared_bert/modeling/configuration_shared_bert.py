@@ -1,11 +1,9 @@
 """SharedBERT's config: BERT's fields and those of its attention."""
 
-from huggingface_hub.dataclasses import strict
-
-from .configuration_shared_attention import SharedAttentionConfig
+from .configuration_shared_attention import SharedAttentionConfig, checked
 
 
-@strict
+@checked
 class SharedBertConfig(SharedAttentionConfig):
     """Config of a BERT encoder whose attention follows an attention scheme; by default BERT-base with ``shared``.
 

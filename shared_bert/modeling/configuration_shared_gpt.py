@@ -1,12 +1,10 @@
 """SharedGPT's config: GPT-2's choices under BERT's field names, and those of its attention."""
 
-from huggingface_hub.dataclasses import strict
-
 from .cache import SHARED_KEY_VALUE
-from .configuration_shared_attention import SharedAttentionConfig
+from .configuration_shared_attention import SharedAttentionConfig, checked
 
 
-@strict
+@checked
 class SharedGptConfig(SharedAttentionConfig):
     """Config of a GPT-2-like decoder (pre-norm, learned positions) whose attention follows an attention scheme.
 
