@@ -64,19 +64,34 @@ def check_free(output: str | Path):
 
 
 @contextmanager
+def writing(folder: str | Path, unfinished: Path) -> Iterator[None]:
+    """Writes `unfinished`, which is to become `folder`, and leaves nothing of it behind.
+
+    Raises:
+        OSError: naming the folder and the room on its disk, where something could not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk so
+        free = shutil.disk_usage(unfinished.parent).free / 2**20
+        raise OSError(f"{folder} could not be written ({free:.1f} MiB are free on its disk): {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
 def whole_folder(output: str | Path) -> Iterator[Path]:
     """Gives a folder to write into, ``output.unfinished``, which takes the name `output` when all is written.
 
     Raises:
         ValueError: `output` exists and is not an empty folder.
+        OSError: it could not be written.
     """
     check_free(output)
     output = Path(output).resolve()
     unfinished = output.with_name(f"{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed process left
     unfinished.mkdir(parents=True)
-    try:
+    with writing(output, unfinished):
         yield unfinished
         unfinished.replace(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .yaml_files import load_yaml
@@ -106,6 +107,8 @@ class PretrainingArguments(TrainingArguments):
     remove_unused_columns: bool = _argument(False, "Drop what the model does not take before collation.")
     # Every parameter of these models takes part in every step; searching for others costs time.
     ddp_find_unused_parameters: bool | None = _argument(False, "Search for parameters without a gradient.")
+    # The filter waits for the device at every step, and hides what `PretrainingTrainer` stops at.
+    logging_nan_inf_filter: bool = _argument(False, "Leave losses out of the log that are infinite or no numbers.")
     # The other processes wait this long while the first one tokenizes.
     ddp_timeout: int = _argument(6 * 3600, "Seconds that processes wait for one another.")
     # Collated batches hold plain numbers beside tensors, which one process cannot cut up for the others.
@@ -129,3 +132,9 @@ class PretrainingArguments(TrainingArguments):
             )
         super().__post_init__()
         self.dataloader_pin_memory &= self.device.type != "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        device = super().device
+        # With the number that a process of several gives its CPU, checkpoints could not be loaded onto it.
+        return torch.device("cpu") if device.type == "cpu" else device

@@ -2,28 +2,37 @@
 
 import json
 import logging
+import pickle
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import safe_globals
+from transformers.utils import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
 
-# A checkpoint is written in here and moved out when it is whole. Trainer's pushes to the Hub leave out `_*`.
+# Checkpoints and models are written in here and moved out when they are whole. Trainer's pushes leave out `_*`.
 UNFINISHED = "_unfinished"
 # What a run leaves beside its checkpoints: all of it is removed with the run, and any of it marks a folder as taken.
+# The config goes first: without it, what is left when the removal is cut off is no model.
 _RUN_FILES = (
-    "model*.safetensors*", "pytorch_model*.bin*", "config.json", "generation_config.json", "tokenizer*.json",
+    "config.json", "model*.safetensors*", "pytorch_model*.bin*", "generation_config.json", "tokenizer*.json",
     "special_tokens_map.json", "vocab.*", "training_args.bin", "trainer_state.json", "*_results.json", "loss_curve.*",
     UNFINISHED,
 )  # fmt: skip
-_NEEDED = ("trainer_state.json", "*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
+_NEEDED = ("trainer_state.json", "model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 
 
 def checkpoint_damage(folder: str | Path) -> str | None:
-    """Says what keeps training from going on from `folder`, or None. Reads headers and ends, unpickles nothing."""
+    """Says what keeps training from going on from `folder`, or None; reads no weights.
+
+    What is pickled must consist of tensors and numbers, as `torch.load(weights_only=True)` checks without running
+    anything. `training_args.bin` need not: it is not read by anybody.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -46,11 +55,12 @@ def _damaged_files(folder: Path) -> Iterator[str]:
                 # The header says how long the file must be.
                 with safe_open(path, framework="numpy"):
                     pass
-            elif path.suffix in (".pt", ".pth", ".bin"):
-                # torch.save writes a zip archive, whose table of contents comes last.
-                zipfile.ZipFile(path).close()
-        except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            yield f"{path.name} is damaged ({error})"
+            elif path.suffix in (".pt", ".pth", ".bin") and path.name != TRAINING_ARGS_NAME:
+                # The device "meta" has no memory: only the table of contents and the pickle are read.
+                with safe_globals():
+                    torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        except (ValueError, OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            yield f"{path.name} is damaged or not of tensors alone ({error})".splitlines()[0]
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -112,3 +122,16 @@ def remove_run(output_dir: str):
 
 def _run_files(output_dir: str) -> list[Path]:
     return checkpoints(output_dir) + [path for name in _RUN_FILES for path in sorted(Path(output_dir).glob(name))]
+
+
+def publish(unfinished: Path, folder: Path):
+    """Moves a saved model from `unfinished` into `folder`, whose config appears last: without one it is no model."""
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    config = unfinished / CONFIG_NAME
+    for path in [*(path for path in unfinished.rglob("*") if path.is_file() and path != config), config]:
+        target = folder / path.relative_to(unfinished)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(unfinished)

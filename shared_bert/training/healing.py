@@ -4,6 +4,9 @@ The student is trained on plain text to give the teacher's hidden states after e
 over the vocabulary, the teacher's predictions. No labels are needed, so any text will do.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -32,6 +35,7 @@ def heal(
     tokenizer: PreTrainedTokenizerBase,
     data_args: DataArguments,
     training_args: PretrainingArguments,
+    save_more: Callable[[Path], None] | None = None,
 ) -> dict[str, float]:
     """Trains a converted model to do as the original does (see `HealingTrainer`), and saves it with its tokenizer.
 
@@ -43,6 +47,7 @@ def heal(
         teacher: the original: stock, or of this package. Its weights stay as they are.
         tokenizer: of both.
         data_args: the text; what it says of masks is not used, since nothing is masked.
+        save_more: see `PretrainingTrainer`.
 
     Returns:
         The metrics of training and of the final evaluation.
@@ -51,6 +56,8 @@ def heal(
         ValueError: models that do not go together, or arguments that contradict them or one another; before any
             training.
         FileNotFoundError: text that is not there.
+        FloatingPointError: training diverged; with the step, the learning rate and the last good checkpoint.
+        OSError: a disk is full; with the last good checkpoint.
     """
     if type(teacher) in SHARED_CLASSES:
         teacher = read_stock(teacher)
@@ -77,6 +84,7 @@ def heal(
         train_dataset=EndlessBlocks(blocks["train"]) if data_args.streaming else Blocks(blocks["train"]),
         eval_dataset=StreamedBlocks(blocks["validation"]) if data_args.streaming else Blocks(blocks["validation"]),
         processing_class=tokenizer,
+        save_more=save_more,
     )
     if training_args.overwrite_output_dir:
         trainer.add_callback(RunRemover)
@@ -84,11 +92,7 @@ def heal(
     for parameter in unused:
         parameter.requires_grad_(True)
     model.config.use_cache = True  # Trainer turned it off for training
-    trainer.save_model()
-    trainer.save_metrics("train", metrics)
-    evaluation = trainer.evaluate()
-    trainer.save_metrics("eval", evaluation)
-    trainer.save_state()
+    evaluation = trainer.finish(metrics)
     if trainer.is_world_process_zero():
         title = f"{type(model).__name__} ({model.config.attention_scheme}, {model.config.depth_sharing}), healing"
         has_predictions = isinstance(model, _LANGUAGE_MODELS)

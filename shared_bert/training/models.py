@@ -1,6 +1,5 @@
 """The model that the arguments describe: its config's fields, its kind, and itself."""
 
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 import shared_bert
 
 from .arguments import ModelArguments
-from .checkpoints import UNFINISHED
+from .checkpoints import UNFINISHED, publish
 from .yaml_files import check_keys, load_mapping
 
 # What each model type is trained to do: masked or causal language modelling.
@@ -66,16 +65,12 @@ def make_model(
     return model
 
 
-def fix_saved_coefficients(folder: str | Path):
+def fix_saved_coefficients(folder: Path):
     """Replaces the networks that make the coefficients of a saved model, if it has any, by what they give."""
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "coefficient_source", "direct") == "direct":
         return
     model = getattr(shared_bert, config.architectures[0]).from_pretrained(folder)
     shared_bert.fix_coefficients(model)
-    whole = Path(folder, UNFINISHED)
-    shutil.rmtree(whole, ignore_errors=True)  # what a killed run left
-    model.save_pretrained(whole)
-    for path in whole.iterdir():
-        path.replace(Path(folder, path.name))
-    whole.rmdir()
+    model.save_pretrained(folder / UNFINISHED)
+    publish(folder / UNFINISHED, folder)

@@ -47,6 +47,8 @@ def pretrain(
     Raises:
         ValueError: arguments that contradict one another or the files they name; before any training.
         FileNotFoundError: text that is not there.
+        FloatingPointError: training diverged; with the step, the learning rate and the last good checkpoint.
+        OSError: a disk is full; with the last good checkpoint.
     """
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
@@ -115,11 +117,7 @@ def pretrain(
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if hasattr(config, "use_cache"):
         config.use_cache = True  # Trainer turned it off for training
-    trainer.save_model()
-    trainer.save_metrics("train", metrics)
-    evaluation = trainer.evaluate()
-    trainer.save_metrics("eval", evaluation)
-    trainer.save_state()
+    evaluation = trainer.finish(metrics)
     if is_main:
         entropy = statistics and statistics.unigram_entropy
         title = f"{type(model).__name__} ({config.attention_scheme})"

@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -13,9 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from .checkpoints import UNFINISHED
+from ..conversion.folders import writing
+from .checkpoints import UNFINISHED, last_checkpoint, publish
 from .models import fix_saved_coefficients
 from .throughput import peak_flops, training_flops_per_token
+
+NEVER = torch.iinfo(torch.int64).max  # the step at which something happens that does not
 
 
 class _EpochSetter(TrainerCallback):
@@ -40,12 +45,21 @@ class PretrainingTrainer(Trainer):
     The coefficients of ``masa``, and the network that makes them, have none either.
     The log of training has besides `tokens_per_second` (of all processes, evaluation and saving left out) and `mfu`,
     the share of the devices' peak FLOP/s that this amounts to. Evaluation has besides `perplexity`.
+
+    A model is saved whole or not at all: the `config.json` of `output_dir` appears when all else is there. A loss or
+    a weight that is infinite or no number ends the run with a `FloatingPointError` before it is logged or saved.
+
+    Args:
+        save_more: called with the folder of the trained model, to write into it what goes with the model.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, save_more: Callable[[Path], None] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_EpochSetter)
+        self._save_more = save_more
         self._timed_tokens = 0
+        self._first_bad_step = torch.tensor(NEVER, device=self.args.device)
+        self._learning_rates = {}  # of the steps since losses were last checked
         self._unfinished = None  # the folder that a checkpoint is being written in
 
     def create_accelerator_and_postprocess(self):
@@ -68,7 +82,47 @@ class PretrainingTrainer(Trainer):
         self._timed_tokens += tokens
         self._sequence_length = inputs["input_ids"].shape[-1]
         self._predicted_share = inputs.get("num_predictions", tokens) / tokens
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        step = self.state.global_step + 1
+        self._learning_rates[step] = self._get_learning_rate()
+        # Kept on the device, which is not waited for at every step.
+        self._first_bad_step = torch.where(loss.isfinite(), self._first_bad_step, self._first_bad_step.clamp(max=step))
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.control.should_log or self.control.should_evaluate:
+            self._check_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        self._check_finite(with_weights=True)
+        return super()._finalize_training(*args, **kwargs)
+
+    def _check_finite(self, with_weights: bool = False):
+        """Raises the FloatingPointError of all processes, whichever of them had the loss."""
+        step, device = self.state.global_step, self.args.device
+        bad_steps = [self._first_bad_step, torch.tensor(NEVER, device=device)]
+        if with_weights:
+            parameters = (p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters())
+            finite = torch.stack([parameter.isfinite().all().to(device) for parameter in parameters]).all()
+            bad_steps[1] = torch.where(finite, bad_steps[1], step)
+        of_all = self.accelerator.gather(torch.stack(bad_steps).unsqueeze(0))
+        of_loss, of_weights = of_all.amin(0).tolist()
+        first = min(of_loss, of_weights)
+        if first < NEVER:
+            rate = self._learning_rates.get(first, self._get_learning_rate())
+            raise FloatingPointError(
+                f"the {'loss is' if first == of_loss else 'weights are'} infinite or no number (NaN) at step {first} "
+                f"(learning rate {rate:.3g}); {self._last_good_checkpoint()}. Start from its weights, or anew, with a "
+                "lower learning_rate, more warmup_steps or a lower max_grad_norm"
+            )
+        self._learning_rates = {step: self._learning_rates.get(step)}
+
+    def _last_good_checkpoint(self) -> str:
+        try:
+            return f"the last good checkpoint is {last_checkpoint(self.args.output_dir)}"
+        except ValueError:
+            return "there is no good checkpoint"
 
     @cached_property
     def _peak_flops(self) -> float:
@@ -87,7 +141,7 @@ class PretrainingTrainer(Trainer):
         self._timed_tokens = 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if (loss := output.metrics.get(f"{metric_key_prefix}_loss")) is not None:
-            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss)
+            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         return output
 
     def _run_epoch(self, **kwargs):
@@ -108,6 +162,7 @@ class PretrainingTrainer(Trainer):
 
         All processes write into one folder: on several machines, on a file system that they share.
         """
+        self._check_finite(with_weights=True)
         self._timed_tokens = 0
         output_dir = Path(self.args.output_dir)
         checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
@@ -116,16 +171,17 @@ class PretrainingTrainer(Trainer):
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._unfinished = unfinished
-        super()._save_checkpoint(model, trial)
-        self._unfinished = None
-        if self.state.best_model_checkpoint == str(unfinished / checkpoint.name):
-            self.state.best_model_checkpoint = str(checkpoint)
-        self.accelerator.wait_for_everyone()
+        with self._saving(checkpoint, unfinished):
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(unfinished / checkpoint.name):
+                self.state.best_model_checkpoint = str(checkpoint)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self.state.save_to_json(str(unfinished / checkpoint.name / TRAINER_STATE_NAME))
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                (unfinished / checkpoint.name).rename(checkpoint)
+            self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            self.state.save_to_json(str(unfinished / checkpoint.name / TRAINER_STATE_NAME))
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            (unfinished / checkpoint.name).rename(checkpoint)
-            unfinished.rmdir()
             rotate_checkpoints(
                 str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
@@ -133,11 +189,49 @@ class PretrainingTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
 
+    @contextmanager
+    def _saving(self, folder: Path, unfinished: Path) -> Iterator[None]:
+        try:
+            with writing(folder, unfinished):
+                yield
+        except OSError as error:
+            raise OSError(f"{error}; {self._last_good_checkpoint()}") from error
+        finally:
+            self._unfinished = None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None):
-        super()._save(output_dir, state_dict)
         # Checkpoints keep the network that makes the coefficients, for training to go on.
-        if self._unfinished is None and self.args.should_save:
-            fix_saved_coefficients(output_dir or self.args.output_dir)
+        if self._unfinished is not None or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        unfinished = folder / UNFINISHED
+        shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run left
+        unfinished.mkdir(parents=True)
+        with self._saving(folder, unfinished):
+            super()._save(str(unfinished), state_dict)
+            fix_saved_coefficients(unfinished)
+            if self._save_more is not None:
+                self._save_more(unfinished)
+            publish(unfinished, folder)
+
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Saves the trained model, evaluates it, and saves the metrics of both and the state.
+
+        Returns:
+            The metrics of the evaluation.
+        """
+        self.save_model()
+        evaluation = self.evaluate()
+        output_dir = Path(self.args.output_dir)
+        with self._saving(output_dir, output_dir / UNFINISHED):
+            if self.is_world_process_zero():
+                # Trainer reads this file before it writes it, and could not if it was cut off.
+                Path(output_dir, "all_results.json").unlink(missing_ok=True)
+            self.save_metrics("train", metrics)
+            self.save_metrics("eval", evaluation)
+            self.save_state()
+        return evaluation
 
     def _get_output_dir(self, trial) -> str:
         return str(self._unfinished or super()._get_output_dir(trial))
