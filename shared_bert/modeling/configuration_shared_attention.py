@@ -7,7 +7,7 @@ import difflib
 import math
 from dataclasses import fields
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -135,6 +135,9 @@ class SharedAttentionConfig(PreTrainedConfig):
         ValueError: naming the field, for a value or a combination that has no meaning.
     """
 
+    # Which class of the model's file serves which Auto class.
+    auto_classes: ClassVar[dict[str, str]] = {}
+
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -212,6 +215,14 @@ class SharedAttentionConfig(PreTrainedConfig):
         if self.num_key_value_heads == self.num_attention_heads:
             values["num_key_value_heads"] = None  # with another number of heads this is no grouping
         return values
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves the config, with where each Auto class finds its class in the code that goes with the weights."""
+        # What is there may name another repository's code ("repository--file.Class"), or a subclass of the user's.
+        named = {auto: cls for auto, cls in (getattr(self, "auto_map", None) or {}).items() if "--" not in cls}
+        models = {auto: f"modeling_{self.model_type}.{name}" for auto, name in self.auto_classes.items()}
+        self.auto_map = {**models, **named}
+        super().save_pretrained(save_directory, **kwargs)
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:

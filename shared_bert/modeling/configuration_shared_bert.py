@@ -1,5 +1,7 @@
 """SharedBERT's config: BERT's fields and those of its attention."""
 
+from typing import ClassVar
+
 from .configuration_shared_attention import SharedAttentionConfig, checked
 
 
@@ -11,6 +13,14 @@ class SharedBertConfig(SharedAttentionConfig):
     """
 
     model_type = "shared_bert"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "SharedBertModel",
+        "AutoModelForMaskedLM": "SharedBertForMaskedLM",
+        "AutoModelForSequenceClassification": "SharedBertForSequenceClassification",
+        "AutoModelForTokenClassification": "SharedBertForTokenClassification",
+        "AutoModelForQuestionAnswering": "SharedBertForQuestionAnswering",
+        "AutoModelForMultipleChoice": "SharedBertForMultipleChoice",
+    }
 
     attention_scheme: str = "shared"
     vocab_size: int = 30522

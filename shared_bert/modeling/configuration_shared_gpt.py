@@ -1,5 +1,7 @@
 """SharedGPT's config: GPT-2's choices under BERT's field names, and those of its attention."""
 
+from typing import ClassVar
+
 from .cache import SHARED_KEY_VALUE
 from .configuration_shared_attention import SharedAttentionConfig, checked
 
@@ -19,6 +21,12 @@ class SharedGptConfig(SharedAttentionConfig):
     """
 
     model_type = "shared_gpt"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "SharedGptModel",
+        "AutoModelForCausalLM": "SharedGptForCausalLM",
+        "AutoModelForSequenceClassification": "SharedGptForSequenceClassification",
+        "AutoModelForTokenClassification": "SharedGptForTokenClassification",
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
 
     attention_scheme: str = "query_free"
