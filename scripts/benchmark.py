@@ -10,10 +10,12 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import shared_bert
+from shared_bert.command_line import reports_user_errors
 from shared_bert.evaluation import StepSettings, compare_training_steps, environment
 from shared_bert.training.arguments import read_overrides
 
@@ -91,7 +93,8 @@ def write(arguments: argparse.Namespace, rows: list[dict]):
     print(f"written to {arguments.output}")
 
 
-def main():
+@reports_user_errors
+def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("train", help="a training step beside the stock model's of the same shape")
@@ -106,8 +109,8 @@ def main():
     command.add_argument("--sharing", default=masa, help="config fields of the sharing model: a=1,b=x; default: masa")
     add_common_options(command, [(8, 512), (32, 128)])
     command.set_defaults(run=depth, output=Path("runs/benchmark_depth.json"))
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    parsed = parser.parse_args(arguments)
+    parsed.run(parsed)
 
 
 def add_common_options(command: argparse.ArgumentParser, shapes: list[tuple[int, int]]):
@@ -121,4 +124,4 @@ def add_common_options(command: argparse.ArgumentParser, shapes: list[tuple[int,
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from transformers import HfArgumentParser, PreTrainedModel
 
 import shared_bert
+from shared_bert.command_line import reports_user_errors
 from shared_bert.conversion.folders import check_free, copy_tokenizer, load_model, whole_folder
 from shared_bert.conversion.stock import SHARED_CLASSES, STOCK_CLASSES
 from shared_bert.data import calibration_batches, load_documents, load_tokenizer
@@ -99,9 +101,8 @@ def convert_and_heal(arguments: argparse.Namespace):
             )
     if goes_on and not checkpoints(arguments.output):
         training_args.resume_from_checkpoint = None  # stopped before the first checkpoint
-    heal(load_model(str(converted), STOCK_CLASSES), teacher, tokenizer, data_args, training_args)
-    if training_args.process_index == 0:
-        copy_tokenizer(arguments.model, Path(arguments.output))
+    student = load_model(str(converted), STOCK_CLASSES)
+    heal(student, teacher, tokenizer, data_args, training_args, save_more=partial(copy_tokenizer, arguments.model))
 
 
 def write_converted(model: PreTrainedModel, arguments: argparse.Namespace, output: str | Path):
@@ -194,14 +195,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        parsed = parse(arguments)
-        parsed.run(parsed)
-    except (ValueError, OSError, ImportError) as error:
-        print("convert.py: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+@reports_user_errors
+def main(arguments: list[str]):
+    parsed = parse(arguments)
+    parsed.run(parsed)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,19 @@ python scripts/count_parameters.py runs/quickstart/shared_bert --sequence_length
 import argparse
 import sys
 
+from shared_bert.command_line import reports_user_errors
 from shared_bert.evaluation import cost_table, load_config
 
 
-def main(arguments: list[str] | None = None) -> int:
+@reports_user_errors
+def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML or JSON file of config fields, or the folder of a saved model")
     parser.add_argument("--config_overrides", help="config fields that replace others: a=1,b=x")
     parser.add_argument("--sequence_length", type=int, help="tokens per row; default: as many as the model can read")
     parsed = parser.parse_args(arguments)
-    try:
-        print(cost_table(load_config(parsed.config, parsed.config_overrides), parsed.sequence_length))
-    except ValueError as error:
-        print("count_parameters.py: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    print(cost_table(load_config(parsed.config, parsed.config_overrides), parsed.sequence_length))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

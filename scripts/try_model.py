@@ -5,11 +5,17 @@ python scripts/try_model.py FOLDER "Return the"
 """
 
 import argparse
+import sys
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import pipeline
 
-import shared_bert  # noqa: F401 - registers the models
+from shared_bert import SharedBertForMaskedLM, SharedGptForCausalLM
+from shared_bert.command_line import reports_user_errors
+from shared_bert.conversion.folders import load_model
+from shared_bert.data import load_tokenizer
+
+LANGUAGE_MODELS = (SharedBertForMaskedLM, SharedGptForCausalLM)
 
 
 def fill_mask(model, tokenizer, text: str):
@@ -24,21 +30,20 @@ def write_on(model, tokenizer, text: str):
     print("\n" + written["generated_text"])
 
 
-def main():
+@reports_user_errors
+def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, or a name on the Hub")
     parser.add_argument("text", nargs="+")
-    arguments = parser.parse_args()
+    parsed = parser.parse_args(arguments)
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    (architecture,) = AutoConfig.from_pretrained(arguments.model).architectures
-    is_masked = architecture.endswith("ForMaskedLM")
-    auto, show = (AutoModelForMaskedLM, fill_mask) if is_masked else (AutoModelForCausalLM, write_on)
-    model = auto.from_pretrained(arguments.model)
+    model = load_model(parsed.model, LANGUAGE_MODELS)
+    tokenizer = load_tokenizer(parsed.model)
+    show = fill_mask if isinstance(model, SharedBertForMaskedLM) else write_on
     print(f"{type(model).__name__} ({model.config.attention_scheme}), {model.num_parameters():,} parameters")
-    for text in arguments.text:
+    for text in parsed.text:
         show(model, tokenizer, text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

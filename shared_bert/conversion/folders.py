@@ -21,6 +21,8 @@ _COPIED = (
 def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> PreTrainedModel:
     """Loads a model of a folder or of the Hub with the class that its config's `architectures` names.
 
+    Nothing that the folder holds is run: neither its code nor pickled weights are loaded.
+
     Raises:
         ValueError: that class is none of `classes`, or weights are missing or damaged.
         OSError: there is no such model.
@@ -35,13 +37,14 @@ def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> P
 
 
 def _load(name_or_path: str, classes: dict[str, type[PreTrainedModel]]) -> tuple[PreTrainedModel, dict]:
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     name = ", ".join(config.architectures or ["model of no named class"])
     if name not in classes:
         raise ValueError(f"{name_or_path} holds a {name} and must be one of {', '.join(classes)}")
-    model, info = classes[name].from_pretrained(name_or_path, config=config, output_loading_info=True)
+    options = {"output_loading_info": True, "use_safetensors": True}
+    model, info = classes[name].from_pretrained(name_or_path, config=config, **options)
     if info["missing_keys"] and all(weight.startswith("pooler.") for weight in info["missing_keys"]):
-        return classes[name].from_pretrained(name_or_path, output_loading_info=True, add_pooling_layer=False)
+        return classes[name].from_pretrained(name_or_path, add_pooling_layer=False, **options)
     return model, info
 
 

@@ -59,7 +59,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ValueError: if no tokenizer, or only one without a vocabulary, is found at `name_or_path`.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         if len(tokenizer) == len(tokenizer.all_special_ids):  # what a folder without vocabulary may give
             raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -73,6 +73,8 @@ _VALID = (
     ),
     (("problem_type",), _PROBLEM_TYPES.__contains__, "one of " + ", ".join(map(str, _PROBLEM_TYPES))),
 )  # fmt: skip
+# What a config file does not decide: it could name a kernel of the Hub, whose code would run, or a pickle.
+_CALLERS_CHOICE = ("attn_implementation", "_attn_implementation", "transformers_weights")
 # A keyword this like a field's name, and no field, is that field misspelt. What transformers itself hands on and saves
 # is less like any (`sep_token_id` comes nearest); all else stays allowed, as in every config of transformers.
 _MISSPELT = 0.85
@@ -208,7 +210,8 @@ class SharedAttentionConfig(PreTrainedConfig):
         # transformers would set the fields among the keywords afterwards, one by one and unchecked.
         own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
         given = {name: kwargs.pop(name) for name in own & kwargs.keys()}
-        return super().from_dict({**config_dict, **given}, **kwargs)
+        stated = {name: value for name, value in config_dict.items() if name not in _CALLERS_CHOICE}
+        return super().from_dict({**stated, **given}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

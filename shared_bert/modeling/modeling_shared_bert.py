@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import SelfAttention
 from .configuration_shared_bert import SharedBertConfig
 from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
+from .loading import SafetensorsOnly
 from .losses import linear_cross_entropy, predicted_positions
 from .packing import attention_inputs, check_length, document_positions
 from .projections import LowRankLinear, SharedLinear
@@ -100,7 +101,7 @@ class SharedBertEncoder(nn.Module):
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
-class SharedBertPreTrainedModel(BertPreTrainedModel):
+class SharedBertPreTrainedModel(SafetensorsOnly, BertPreTrainedModel):
     config: SharedBertConfig
     config_class = SharedBertConfig
     base_model_prefix = "bert"

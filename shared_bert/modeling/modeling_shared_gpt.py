@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import SelfAttention
 from .configuration_shared_gpt import SharedGptConfig
 from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
+from .loading import SafetensorsOnly
 from .losses import linear_cross_entropy
 from .packing import attention_inputs, check_length, document_positions
 from .projections import LowRankLinear, SharedLinear
@@ -89,7 +90,7 @@ def _translate_stock_names(module, state_dict, prefix, *args):
         state_dict[f"{prefix}{ours}.bias"] = state_dict.pop(f"{prefix}{stock}.bias")
 
 
-class SharedGptPreTrainedModel(PreTrainedModel):
+class SharedGptPreTrainedModel(SafetensorsOnly, PreTrainedModel):
     config: SharedGptConfig
     config_class = SharedGptConfig
     base_model_prefix = "transformer"

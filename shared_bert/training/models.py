@@ -25,7 +25,7 @@ def config_fields(arguments: ModelArguments) -> dict[str, Any]:
         ValueError: a model type that cannot be pre-trained, two that differ, or a field that its config lacks.
     """
     if arguments.model_name_or_path:
-        stated = AutoConfig.from_pretrained(arguments.model_name_or_path).to_dict()
+        stated = AutoConfig.from_pretrained(arguments.model_name_or_path, trust_remote_code=False).to_dict()
     else:
         stated = load_mapping(arguments.config_name) if arguments.config_name else {}
     source = arguments.model_name_or_path or arguments.config_name
