@@ -1,0 +1,98 @@
+"""Jobs in processes that start within milliseconds, and are killed at an event of the caller's choice.
+
+Every process is forked from a server that has imported everything and done nothing.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.faults.jobs"])
+
+
+def run_job(job: Callable, *arguments, kill_at: int | None = None, log: Path, cache: Path) -> tuple[int, int]:
+    """Runs `job(*arguments)` in a process of its own.
+
+    Args:
+        kill_at: the number of the event at which the process kills itself with SIGKILL: a file that is opened to be
+            written, renamed or removed, half of a tensor file written, or an optimizer step.
+        log: a file for its output.
+        cache: of data sets.
+
+    Returns:
+        The exit status, negative for a signal, and the number of events.
+    """
+    events = _SERVER.Value("i", 0)
+    process = _SERVER.Process(target=_run, args=(job, arguments, kill_at, events, log, cache))
+    process.start()
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"{job.__name__} hangs: {log.read_text()[-2000:]}")
+    return process.exitcode, events.value
+
+
+def _run(job, arguments, kill_at, events, log, cache):
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import datasets
+    import torch
+
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = cache
+
+    def is_last() -> bool:
+        events.value += 1
+        return events.value == kill_at
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _watch_files(is_last, die)
+    _watch_tensors(is_last, die)
+    _watch_steps(is_last, die)
+    job(*arguments)
+
+
+def _watch_files(is_last, die):
+    def hook(event, details):
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile")
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        if (changes or writes) and not str(details[0]).startswith("/dev/") and is_last():
+            die()
+
+    sys.addaudithook(hook)
+
+
+def _watch_tensors(is_last, die):
+    import safetensors.torch
+    import torch
+    import transformers.modeling_utils
+
+    def halving(save):
+        def save_or_die(content, path, *args, **kwargs):
+            save(content, path, *args, **kwargs)
+            if is_last():
+                os.truncate(path, os.path.getsize(path) // 2)
+                die()
+
+        return save_or_die
+
+    torch.save = halving(torch.save)
+    transformers.modeling_utils.safe_save_file = halving(safetensors.torch.save_file)
+
+
+def _watch_steps(is_last, die):
+    from shared_bert.training import trainer
+
+    class Watch(trainer._EpochSetter):
+        def on_step_end(self, *args, **kwargs):
+            if is_last():
+                die()
+
+    trainer._EpochSetter = Watch

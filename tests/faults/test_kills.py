@@ -1,0 +1,121 @@
+"""kill -9 at any moment: what is whole is right, and the run that goes on ends as if nothing had happened."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+import shared_bert
+from shared_bert.training.checkpoints import checkpoints
+
+from ..conftest import tiny_model
+from ..training.runs import MASA, SHAPE, recipe, write_text
+from . import jobs
+from .processes import run_job
+
+pytestmark = pytest.mark.slow
+
+SEED = random.SystemRandom().randrange(2**32)
+SHORT = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4}
+MASA_NETWORK = {**MASA, "coefficient_source": "network"}
+HEALED = (
+    "--attention_scheme shared_kv --heal --block_size 32 --sample_by line --validation_split 0.1 --max_steps 6 "
+    "--per_device_train_batch_size 4 --learning_rate 1e-2 --save_steps 2 --use_cpu --disable_tqdm true --train_file"
+)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(found: Path, expected: Path):
+    found, expected = tensors(found), tensors(expected)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.isfinite().all()
+        assert torch.equal(found[name], tensor), name
+
+
+def check_what_is_whole(output: Path, undisturbed: Path):
+    """Whatever can be taken for a model or a checkpoint is that of the run that nobody killed."""
+    if (output / "config.json").exists():
+        model = AutoModel.from_pretrained(output)
+        assert_same(output, undisturbed)
+        assert {path.name for path in undisturbed.glob("tokenizer*")} <= {path.name for path in output.iterdir()}
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    else:
+        with pytest.raises((OSError, ValueError)):
+            AutoModel.from_pretrained(output)
+    whole = [path for path in checkpoints(output) if jobs.is_whole(path)]
+    for path in [*whole, *output.glob("converted")]:
+        assert_same(path, undisturbed / path.name)
+
+
+def kill_again_and_again(job, arguments, output: Path, undisturbed: Path, kills: int, **places):
+    """Kills a job `kills` times, on its way to the end and beginning anew behind it, and lets it end."""
+    status, number_of_events = run_job(job, *arguments(undisturbed), **places)
+    assert status == 0, places["log"].read_text()
+    generator = random.Random(SEED)
+    while kills:
+        kill_at = generator.randint(1, number_of_events)
+        status, _ = run_job(job, *arguments(output), kill_at=kill_at, **places)
+        print(f"seed {SEED}: {job.__name__}, event {kill_at} of {number_of_events}, status {status}")
+        assert status in (0, -signal.SIGKILL), places["log"].read_text()[-3000:]
+        kills -= status != 0
+        check_what_is_whole(output, undisturbed)
+    status, _ = run_job(job, *arguments(output), **places)
+    assert status == 0, places["log"].read_text()[-3000:]
+    check_what_is_whole(output, undisturbed)
+    assert_same(output, undisturbed)
+    assert not list(output.parent.rglob("*unfinished*"))
+
+
+@pytest.fixture
+def places(tmp_path):
+    return {"log": tmp_path / "log.txt", "cache": tmp_path / "cache"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"), [("shared_bert", SHAPE), ("shared_gpt", MASA_NETWORK)], ids=["bert", "masa"]
+)
+def test_pretraining(tmp_path, places, model_type, fields):
+    keys = recipe(tmp_path, model_type, config_overrides=fields, **SHORT)
+
+    def arguments(output):
+        return [{**keys, "output_dir": str(output)}]
+
+    kill_again_and_again(jobs.run_pretraining, arguments, tmp_path / "run", tmp_path / "whole", 8, **places)
+
+
+@pytest.fixture
+def stock(tmp_path, tokenizers):
+    model = tiny_model("bert", attention_scheme="standard", vocab_size=320, initializer_range=0.15)
+    shared_bert.to_stock(model).save_pretrained(tmp_path / "stock")
+    tokenizers["bert"].save_pretrained(tmp_path / "stock")
+    (tmp_path / "stock" / "1_Pooling").mkdir()
+    (tmp_path / "stock" / "1_Pooling" / "config.json").write_text("{}")
+    return tmp_path / "stock"
+
+
+def test_conversion(tmp_path, places, stock):
+    options = ["--depth_sharing", "masa", "--num_atoms", "1", "--calibration", str(write_text(tmp_path / "text.txt"))]
+    options += ["--sample_by", "line", "--block_size", "32", "--calibration_tokens", "500"]
+
+    def arguments(output):
+        return [stock, output, *options]
+
+    kill_again_and_again(jobs.run_conversion, arguments, tmp_path / "out", tmp_path / "whole", 4, **places)
+
+
+def test_healing(tmp_path, places, stock):
+    options = [*HEALED.split(), str(write_text(tmp_path / "text.txt"))]
+
+    def arguments(output):
+        return [stock, output, *options]
+
+    kill_again_and_again(jobs.run_healing, arguments, tmp_path / "out", tmp_path / "whole", 8, **places)
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
