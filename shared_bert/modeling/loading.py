@@ -19,4 +19,6 @@ class SafetensorsOnly:
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
         except SafetensorError as error:
-            raise ValueError(f"{pretrained_model_name_or_path} cannot be loaded, its weights are damaged: {error}") from error
+            raise ValueError(
+                f"{pretrained_model_name_or_path} cannot be loaded, its weights are damaged: {error}"
+            ) from error

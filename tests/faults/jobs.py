@@ -1,12 +1,17 @@
-"""What is killed: pre-training, conversion and healing, each started as one starts it again after it was cut off."""
+"""What goes wrong: pre-training, conversion and healing, each started as one starts it again after it was cut off."""
 
 import runpy
+import shutil
+import sys
 from pathlib import Path
 
-from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain
+from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain, trainer
 from shared_bert.training.checkpoints import checkpoint_damage, checkpoints
 
-CONVERT = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "convert.py"))["main"]
+SCRIPTS = {
+    name: runpy.run_path(str(Path(__file__).parents[2] / "scripts" / name))["main"]
+    for name in ("pretrain.py", "convert.py")
+}
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -23,9 +28,34 @@ def run_pretraining(keys: dict):
 
 def run_conversion(model: Path, output: Path, *options: str):
     if not output.exists():
-        assert CONVERT(["from-stock", str(model), str(output), *options]) == 0
+        assert SCRIPTS["convert.py"](["from-stock", str(model), str(output), *options]) == 0
 
 
 def run_healing(model: Path, output: Path, *options: str):
     restart = ["--resume_from_checkpoint", "true"] if output.exists() else []
-    assert CONVERT(["from-stock", str(model), str(output), *options, *restart]) == 0
+    assert SCRIPTS["convert.py"](["from-stock", str(model), str(output), *options, *restart]) == 0
+
+
+def run_script(name: str, *arguments):
+    sys.exit(SCRIPTS[name]([*map(str, arguments)]))
+
+
+def fill_disk(folder: Path, room: int):
+    """Leaves `room` bytes on the disk of a folder."""
+    with open(folder / "filler", "wb") as file:
+        file.write(bytes(max(shutil.disk_usage(folder).free - room, 0)))
+
+
+def run_pretraining_until_the_disk_is_full(recipe: Path, event: str, step: int, room: int, *options: str):
+    """Fills the disk of `recipe` when Trainer tells of `event` at `step`."""
+
+    class Filler(trainer._EpochSetter):
+        pass
+
+    def fill(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            fill_disk(recipe.parent, room)
+
+    setattr(Filler, event, fill)
+    trainer._EpochSetter = Filler
+    run_script("pretrain.py", recipe, *options)

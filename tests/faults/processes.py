@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.faults.jobs"])
 
@@ -26,7 +29,7 @@ def run_job(job: Callable, *arguments, kill_at: int | None = None, log: Path, ca
     Returns:
         The exit status, negative for a signal, and the number of events.
     """
-    events = _SERVER.Value("i", 0)
+    events = _SERVER.Value("i", 0, lock=False)
     process = _SERVER.Process(target=_run, args=(job, arguments, kill_at, events, log, cache))
     process.start()
     process.join(120)
@@ -36,12 +39,20 @@ def run_job(job: Callable, *arguments, kill_at: int | None = None, log: Path, ca
     return process.exitcode, events.value
 
 
+def assert_same(found: Path, expected: Path):
+    """The models of two folders have the same weights, bit by bit, and all are numbers."""
+    found, expected = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.isfinite().all()
+        assert torch.equal(found[name], tensor), name
+
+
 def _run(job, arguments, kill_at, events, log, cache):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     import datasets
-    import torch
 
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = cache
@@ -71,7 +82,6 @@ def _watch_files(is_last, die):
 
 def _watch_tensors(is_last, die):
     import safetensors.torch
-    import torch
     import transformers.modeling_utils
 
     def halving(save):
