@@ -1,0 +1,131 @@
+"""A loss or a weight that is infinite or no number ends the run, before it is saved, and names what to go back to."""
+
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from shared_bert import SharedBertForMaskedLM
+from shared_bert.training import PretrainingArguments
+from shared_bert.training.trainer import PretrainingTrainer
+
+from ..conftest import tiny_config
+from ..training.runs import SCRIPT, SHAPE, run, write_recipe
+from ..training.test_healing import heal_here, pair
+from ..training.test_pretraining import run_here
+
+
+class Poison(TrainerCallback):
+    """Makes a weight infinite when a step begins or ends."""
+
+    def __init__(self, event: str, step: int):
+        self.step = step
+        setattr(self, event, self.poison)
+
+    def poison(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                next(model.parameters())[0, 0] = math.inf
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    def poison(event, step):
+        plain = PretrainingTrainer.__init__
+        callbacks = [Poison(event, step)]
+        monkeypatch.setattr(
+            PretrainingTrainer, "__init__", lambda self, **kwargs: plain(self, callbacks=callbacks, **kwargs)
+        )
+
+    return poison
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize(
+    ("event", "step", "saved", "message"),
+    [
+        # No step is logged: it is the checkpoint that is not written, or the end.
+        ("on_step_begin", 4, "checkpoint-3", r"the loss is infinite or no number \(NaN\) at step 5 \(.*e-04\)"),
+        ("on_step_end", 6, "checkpoint-3", r"the weights are infinite or no number \(NaN\) at step 6 \(.*e-04\)"),
+        ("on_step_end", 7, "checkpoint-6", r"the loss is infinite or no number \(NaN\) at step 8 \(.*e-04\)"),
+    ],
+)
+def test_a_run_stops_before_it_saves(tmp_path, poison, event, step, saved, message, filtered):
+    poison(event, step)
+    with pytest.raises(FloatingPointError, match=f"{message}; the last good checkpoint is .*{saved}. "):
+        run_here(tmp_path, max_steps=8, save_steps=3, logging_steps=100, logging_nan_inf_filter=filtered)
+    assert not (tmp_path / "run" / "config.json").exists()
+    last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert last.name == saved
+    assert all(p.isfinite().all() for p in SharedBertForMaskedLM.from_pretrained(last).parameters())
+
+
+def test_it_stops_when_it_logs(tmp_path, poison):
+    poison("on_step_begin", 2)
+    with pytest.raises(FloatingPointError, match=r"at step 3 \(learning rate .*\); there is no good checkpoint"):
+        run_here(tmp_path, max_steps=100, save_steps=100, logging_steps=4)
+
+
+def test_healing_stops_too(tmp_path, poison):
+    poison("on_step_begin", 4)
+    with pytest.raises(FloatingPointError, match="at step 5 .* the last good checkpoint is .*checkpoint-3"):
+        heal_here(tmp_path, *pair(SharedBertForMaskedLM), max_steps=8, save_steps=3, logging_steps=100)
+
+
+def test_losses_are_not_waited_for(tmp_path, monkeypatch):
+    """On a GPU, reading a tensor waits for it: between logs, no step may read the loss."""
+    arguments = PretrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1)
+    assert not arguments.logging_nan_inf_filter
+    trainer = PretrainingTrainer(model=SharedBertForMaskedLM(tiny_config("bert")), args=arguments)
+    monkeypatch.setattr("transformers.Trainer.training_step", lambda *args, **kwargs: torch.empty((), device="meta"))
+    monkeypatch.setattr(trainer, "_get_learning_rate", lambda: 1.0)
+    trainer._first_bad_step = trainer._first_bad_step.to("meta")  # has no value that could be read
+    trainer.training_step(trainer.model, {"input_ids": torch.ones(2, 8, dtype=torch.long)})
+
+
+@pytest.mark.slow
+def test_an_absurd_learning_rate_is_told_in_one_line(tmp_path):
+    path = write_recipe(tmp_path, learning_rate=1e30, lr_scheduler_type="constant", logging_steps=5)
+    process = run(SCRIPT, path)
+    assert process.returncode == 2
+    line = process.stderr.splitlines()[-1]
+    assert line.startswith("pretrain.py: the loss is infinite or no number (NaN) at step ")
+    assert "(learning rate 1e+30); there is no good checkpoint. Start" in line
+    assert "Traceback" not in process.stderr
+
+
+# The loss of the second of two processes is no number at step 7.
+ONE_OF_TWO = """
+import os, sys
+from shared_bert.command_line import reports_user_errors
+from shared_bert.training import PretrainingTrainer, parse_recipe, pretrain
+
+class Diverging(PretrainingTrainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if (os.environ["RANK"], self.state.global_step) == ("1", 6) else loss
+
+sys.modules["shared_bert.training.pretraining"].PretrainingTrainer = Diverging
+
+@reports_user_errors
+def main(arguments):
+    pretrain(*parse_recipe(arguments))
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(tmp_path):
+    script = tmp_path / "diverging.py"
+    script.write_text(ONE_OF_TWO)
+    path = write_recipe(tmp_path, config_overrides=SHAPE, logging_steps=4, per_device_train_batch_size=4)
+    process = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, path)
+    assert process.returncode != 0
+    expected = (
+        f"is infinite or no number (NaN) at step 7 (learning rate 0.0004); the last good checkpoint is {tmp_path}"
+    )
+    lines = [line for line in process.stderr.splitlines() if expected in line]
+    assert len(lines) == 2
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
