@@ -169,6 +169,16 @@ class SharedAttentionConfig(PreTrainedConfig):
             )
         return SCHEMES[self.attention_scheme]
 
+    def _tensor_parallel_plan(self, attention: str, first: str, second: str) -> dict[str, str]:
+        """Plans how each layer's matrices are cut over processes, by the names of its attention and of its MLP.
+
+        The MLP stays cut between its two matrices. Attention's are gathered: where a role is the input itself, or two
+        roles are one tensor, heads cannot be dealt out by columns. What layers share is not cut.
+        """
+        cut = {"projection": "colwise_gather_output", "output": "rowwise_split_input"}
+        own = {f"{attention}.{name}": style for name, style in cut.items() if name not in self.shared_maps}
+        return {**own, first: "colwise", second: "rowwise"}
+
     @property
     def is_stock(self) -> bool:
         """Whether attention is the stock model's, matrix by matrix."""

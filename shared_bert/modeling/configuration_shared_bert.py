@@ -22,6 +22,13 @@ class SharedBertConfig(SharedAttentionConfig):
         "AutoModelForMultipleChoice": "SharedBertForMultipleChoice",
     }
 
+    base_model_pp_plan = {
+        "embeddings": (["input_ids"], ["inputs_embeds"]),
+        "encoder.layer": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "pooler": (["hidden_states"], ["pooler_output"]),
+    }
+    base_model_fsdp_plan = {"encoder.layer.*": "free_full_weight"}
+
     attention_scheme: str = "shared"
     vocab_size: int = 30522
     intermediate_size: int = 3072
@@ -34,3 +41,10 @@ class SharedBertConfig(SharedAttentionConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        layer = "encoder.layer.*"
+        return self._tensor_parallel_plan(
+            f"{layer}.attention.self", f"{layer}.intermediate.dense", f"{layer}.output.dense"
+        )

@@ -28,6 +28,14 @@ class SharedGptConfig(SharedAttentionConfig):
         "AutoModelForTokenClassification": "SharedGptForTokenClassification",
     }
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "wte": (["input_ids"], ["inputs_embeds"]),
+        "wpe": (["position_ids"], ["position_embeds"]),
+        "drop": (["inputs_embeds"], ["hidden_states"]),
+        "h": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "ln_f": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_fsdp_plan = {"h.*": "free_full_weight"}
 
     attention_scheme: str = "query_free"
     attention_bias: bool = False
@@ -46,6 +54,10 @@ class SharedGptConfig(SharedAttentionConfig):
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256
     tie_word_embeddings: bool = True
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        return self._tensor_parallel_plan("h.*.attn", "h.*.mlp.c_fc", "h.*.mlp.c_proj")
 
     @property
     def layer_types(self) -> list[str]:

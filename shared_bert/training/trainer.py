@@ -13,11 +13,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import DistributedType
-from huggingface_hub import HfApi
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
+from transformers.utils.hub import hf_api
 
 from .. import hub
 from ..conversion.folders import writing
@@ -262,11 +262,12 @@ class PretrainingTrainer(Trainer):
             folder = TemporaryDirectory()  # of its own: the checkpoint may be deleted before its turn comes
             hub.stage_checkpoint(checkpoint_folder, folder.name, self.hub_model_id, branch)
             message = f"Training in progress, step {step}"
-            jobs.append(HfApi().run_as_future(_push, folder, self.hub_model_id, message, branch, args.hub_token))
+            jobs.append(hf_api().run_as_future(_push, folder, self.hub_model_id, message, branch, args.hub_token))
         if args.hub_strategy == HubStrategy.CHECKPOINT:
             jobs.append(
-                HfApi(token=args.hub_token).upload_folder(
+                hf_api().upload_folder(
                     repo_id=self.hub_model_id,
+                    token=args.hub_token,
                     folder_path=checkpoint_folder,
                     path_in_repo="last-checkpoint",
                     commit_message=f"Training in progress, step {step}, checkpoint",
@@ -303,7 +304,7 @@ class PretrainingTrainer(Trainer):
         folder = TemporaryDirectory()
         hub.stage_checkpoint(self.args.output_dir, folder.name, self.hub_model_id, revision)
         push = (folder, self.hub_model_id, commit_message, revision, token)
-        return _push(*push) if blocking else HfApi().run_as_future(_push, *push)
+        return _push(*push) if blocking else hf_api().run_as_future(_push, *push)
 
     def create_model_card(self, *args, **kwargs):
         """Writes the model card of this package, by what the output folder holds."""

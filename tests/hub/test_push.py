@@ -27,7 +27,7 @@ import transformers
 from transformers import AutoTokenizer
 auto, repo, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 model = getattr(transformers, auto).from_pretrained(repo, **options)
-tokenizer = AutoTokenizer.from_pretrained(repo, **{k: v for k, v in options.items() if k == "revision"})
+tokenizer = AutoTokenizer.from_pretrained(repo, **options)
 inputs = tokenizer(["the fox hunts .", "the dog barks . the owl"], padding=True, return_tensors="pt")
 print(json.dumps([type(model).__name__, type(tokenizer).__name__, model(**inputs).logits.tolist()]))
 """
