@@ -41,20 +41,38 @@ def poison(monkeypatch):
     return poison
 
 
-@pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize(
-    ("event", "step", "saved", "message"),
+    ("event", "step", "saved", "what", "at"),
     [
         # No step is logged: it is the checkpoint that is not written, or the end.
-        ("on_step_begin", 4, "checkpoint-3", r"the loss is infinite or no number \(NaN\) at step 5 \(.*e-04\)"),
-        ("on_step_end", 6, "checkpoint-3", r"the weights are infinite or no number \(NaN\) at step 6 \(.*e-04\)"),
-        ("on_step_end", 7, "checkpoint-6", r"the loss is infinite or no number \(NaN\) at step 8 \(.*e-04\)"),
+        (
+            "on_step_begin",
+            4,
+            "checkpoint-3",
+            "the loss is",
+            5,
+        ),
+        (
+            "on_step_end",
+            6,
+            "checkpoint-3",
+            "the weights are",
+            6,
+        ),
+        (
+            "on_step_end",
+            7,
+            "checkpoint-6",
+            "the loss is",
+            8,
+        ),
     ],
 )
-def test_a_run_stops_before_it_saves(tmp_path, poison, event, step, saved, message, filtered):
+def test_a_run_stops_before_it_saves(tmp_path, poison, event, step, saved, what, at):
     poison(event, step)
-    with pytest.raises(FloatingPointError, match=f"{message}; the last good checkpoint is .*{saved}. "):
-        run_here(tmp_path, max_steps=8, save_steps=3, logging_steps=100, logging_nan_inf_filter=filtered)
+    message = rf"{what} infinite or no number \(NaN\) at step {at} \(learning rate .*\); the last .* is .*{saved}\. "
+    with pytest.raises(FloatingPointError, match=message):
+        run_here(tmp_path, max_steps=8, save_steps=3, logging_steps=100)
     assert not (tmp_path / "run" / "config.json").exists()
     last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert last.name == saved
@@ -69,7 +87,7 @@ def test_it_stops_when_it_logs(tmp_path, poison):
 
 def test_healing_stops_too(tmp_path, poison):
     poison("on_step_begin", 4)
-    with pytest.raises(FloatingPointError, match="at step 5 .* the last good checkpoint is .*checkpoint-3"):
+    with pytest.raises(FloatingPointError, match=r"at step 5 .* the last good checkpoint is .*checkpoint-3"):
         heal_here(tmp_path, *pair(SharedBertForMaskedLM), max_steps=8, save_steps=3, logging_steps=100)
 
 
