@@ -3,14 +3,14 @@
 import json
 from collections.abc import Sequence
 from functools import partial
-from glob import glob
+from glob import escape, glob
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from .python_docs import load_python_docs
@@ -112,7 +112,8 @@ def _load_files(patterns: Files, text_column: str, sample_by: str, streaming: bo
     options = {"sample_by": sample_by} if kind == "text" else {}
     names = [str(file) for file in files]
     try:
-        dataset = load_dataset(kind, data_files=names, split="train", streaming=streaming, **options)
+        # load_dataset takes names for patterns.
+        dataset = load_dataset(kind, data_files=[*map(escape, names)], split="train", streaming=streaming, **options)
     except DatasetGenerationError as error:
         raise ValueError(f"cannot read {', '.join(names)}: {error.__cause__ or error}") from error
     return _only_text(dataset, "text" if kind == "text" else text_column, ", ".join(names))
@@ -147,14 +148,14 @@ def _check_file(file: Path, text_column: str) -> None:
                 columns = [text_column] if file.suffix == ".txt" else list(_first_json_object(lines))
                 while lines.read(1 << 20):
                     pass
-    except (OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, pa.ArrowException) as error:
         raise ValueError(f"{file} cannot be read as {FORMATS[file.suffix]}: {error}") from error
     if text_column not in columns:
         raise ValueError(f"{file} has no column {text_column!r}, only {', '.join(map(str, columns))}")
 
 
 def _first_json_object(lines) -> dict:
-    first_line = lines.readline()
+    first_line = next((line for line in lines if line.strip()), "")
     if not first_line.lstrip().startswith("["):
         return json.loads(first_line)
     lines.seek(0)
@@ -165,7 +166,8 @@ def _only_text(dataset: Documents, text_column: str, origin: str) -> Documents:
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its columns
     if text_column not in columns:
         raise ValueError(f"{origin} has no column {text_column!r}, only {', '.join(columns)}")
-    dtype = dataset.features[text_column].dtype if dataset.features else "string"
+    feature = dataset.features[text_column] if dataset.features else Value("string")
+    dtype = getattr(feature, "dtype", "several types or a structure")
     if dtype not in ("string", "large_string"):
         raise ValueError(f"the column {text_column!r} of {origin} holds {dtype}, not text")
     dataset = dataset.select_columns(text_column)

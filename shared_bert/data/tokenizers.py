@@ -116,7 +116,7 @@ def _train_wordpiece(documents, vocab_size, model_max_length, lowercase):
 def _train_byte_bpe(documents, vocab_size, model_max_length):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     _check_vocab_size(vocab_size, 1 + len(alphabet))
-    if not any(map(any, text_batches(documents))):
+    if not any(text.strip() for texts in text_batches(documents) for text in texts):
         raise ValueError(NO_TEXT)
     tokenizer = GPT2Tokenizer(pad_token=END_OF_TEXT, model_max_length=model_max_length)
     trainer = trainers.BpeTrainer(

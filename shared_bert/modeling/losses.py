@@ -22,9 +22,19 @@ def predicted_positions(labels: torch.Tensor, num_predictions: int | None = None
         num_predictions: an upper bound of the predictions in the batch. With it the result has that length
             (unpredicted positions, labelled -100, fill it up), so shapes are static: no wait for the device, and
             no graph break. Without it, None is returned under `torch.compile`: predict everywhere.
+
+    Raises:
+        ValueError: more labels than `num_predictions`, on a CPU. Elsewhere those beyond it are left out, since nobody
+            could know without waiting for the device.
     """
     ignored = labels.flatten() == IGNORED
     if num_predictions is not None:
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            found = int((~ignored).sum())
+            if found > num_predictions:
+                raise ValueError(
+                    f"num_predictions={num_predictions} must bound the labels of a batch, and {found} are set"
+                )
         return ignored.int().argsort(stable=True)[:num_predictions]
     if torch.compiler.is_compiling():
         return None
