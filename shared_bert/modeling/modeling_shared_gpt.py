@@ -225,6 +225,7 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -234,6 +235,8 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [batch, seq], the tokens themselves (they are shifted here); -100 where nothing is predicted.
+            shift_labels: [batch, seq], the next token of each position, in place of `labels`. Training that splits
+                sequences over devices gives both: a part does not hold the token that follows it.
             logits_to_keep: give logits for this many last positions, or for these positions; 0 gives all.
             skip_logits: leave `logits` None. None does so when training with labels.
 
@@ -254,11 +257,14 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
             skip_logits = self.training and labels is not None
         logits = loss = None
         if labels is not None:
+            rows, targets = hidden_states[:, :-1], labels[:, 1:]
+            if shift_labels is not None:
+                rows, targets = hidden_states, shift_labels
             loss = linear_cross_entropy(
-                hidden_states[:, :-1].flatten(0, 1),
+                rows.flatten(0, 1),
                 self.lm_head.weight,
                 None,
-                labels[:, 1:].flatten(),
+                targets.flatten(),
                 kwargs.get("num_items_in_batch"),
             )
         if not skip_logits:
