@@ -225,7 +225,6 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -235,8 +234,8 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [batch, seq], the tokens themselves (they are shifted here); -100 where nothing is predicted.
-            shift_labels: [batch, seq], the next token of each position, in place of `labels`. Training that splits
-                sequences over devices gives both: a part does not hold the token that follows it.
+                Training that splits sequences over devices gives `shift_labels` besides, which take their place:
+                the next token of every position, as a part does not hold the token that follows it.
             logits_to_keep: give logits for this many last positions, or for these positions; 0 gives all.
             skip_logits: leave `logits` None. None does so when training with labels.
 
@@ -258,8 +257,9 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
         logits = loss = None
         if labels is not None:
             rows, targets = hidden_states[:, :-1], labels[:, 1:]
-            if shift_labels is not None:
-                rows, targets = hidden_states, shift_labels
+            # Not a named argument: Trainer would evaluate a loss only where it is given.
+            if kwargs.get("shift_labels") is not None:
+                rows, targets = hidden_states, kwargs["shift_labels"]
             loss = linear_cross_entropy(
                 rows.flatten(0, 1),
                 self.lm_head.weight,

@@ -24,7 +24,7 @@ import transformers
 import tests
 
 REPOSITORY = "https://github.com/huggingface/transformers"
-FOLDERS = ("tests/exporters", "tests/generation", "tests/pipelines", "tests/utils", "utils/test_module")
+FOLDERS = ("tests/exporters", "tests/generation", "tests/pipelines", "tests/utils", "utils")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shared_bert"
 
 
@@ -90,6 +90,7 @@ def upstream_folder() -> Path:
     except OSError as error:
         pytest.skip(str(error), allow_module_level=True)
     tests.__path__.append(str(folder))
+    sys.path.append(str(folder.parent))  # for `utils`
     if not (folder / "generation").exists():
         _stand_in("exporters.test_export", ExportTesterMixin=object)
         _stand_in("generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
