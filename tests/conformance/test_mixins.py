@@ -13,7 +13,7 @@ import torch
 import shared_bert
 
 from ..conftest import ATTENTION, LANGUAGE_MODELS, TINY, TOKENS, tiny_config
-from .upstream import upstream_folder, upstream
+from .upstream import upstream, upstream_folder
 
 pytest.importorskip("parameterized", reason="transformers' tests are written with parameterized")
 ModelTesterMixin = upstream("test_modeling_common").ModelTesterMixin

@@ -7,7 +7,7 @@ import pytest
 import shared_bert
 
 from ..conftest import tiny_model
-from .upstream import upstream_folder, upstream
+from .upstream import upstream, upstream_folder
 
 if not (upstream_folder() / "pipelines").exists():
     pytest.skip(

@@ -11,7 +11,6 @@ from .conftest import random_model
 ROWS_AND_TOKENS = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens", max=40)}
 
 
-
 def exportable(kind, **fields):
     model = random_model(kind, **fields)
     model.config.use_cache = False
