@@ -15,7 +15,7 @@ import shared_bert
 from ..conftest import ATTENTION, LANGUAGE_MODELS, TINY, TOKENS, tiny_config
 from .upstream import upstream, upstream_folder
 
-pytest.importorskip("parameterized", reason="transformers' tests are written with parameterized")
+pytest.importorskip("parameterized", reason="needs the package parameterized")
 ModelTesterMixin = upstream("test_modeling_common").ModelTesterMixin
 GenerationTesterMixin = upstream("generation.test_utils").GenerationTesterMixin
 ConfigTester = upstream("test_configuration_common").ConfigTester

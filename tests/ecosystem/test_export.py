@@ -35,10 +35,10 @@ def test_torch_export(kind, attention, export_arguments, padded_batch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's exporter, of torch
-@pytest.mark.parametrize(("name", "kind"), zip(ATTENTION, itertools.cycle(["bert", "gpt"]), strict=False))
+@pytest.mark.parametrize(("name", "kind"), list(zip(ATTENTION, itertools.cycle(["bert", "gpt"]), strict=False)))
 def test_onnx(name, kind, export_arguments, padded_batch, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX models are run by onnxruntime")
-    pytest.importorskip("onnxscript", reason="torch.onnx.export writes with onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs the package onnxscript")
     model = exportable(kind, **ATTENTION[name])
     file = tmp_path / "model.onnx"
     names = list(export_arguments["kwargs"])

@@ -9,7 +9,7 @@ import shared_bert
 
 from ..conftest import ATTENTION
 
-pytest.importorskip("lm_eval", reason="tests lm-eval")
+pytest.importorskip("lm_eval", reason="needs the package lm-eval")
 
 QUESTIONS = [
     {"question": "the fox", "choices": [" hunts .", " barks ."], "answer": 0},

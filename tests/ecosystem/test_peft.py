@@ -8,7 +8,7 @@ import shared_bert
 from ..conftest import ATTENTION
 from .conftest import random_model
 
-peft = pytest.importorskip("peft", reason="tests PEFT")
+peft = pytest.importorskip("peft", reason="needs the package peft")
 
 # PEFT's own use of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -7,7 +7,7 @@ import shared_bert
 
 from .conftest import TEXTS
 
-sentence_transformers = pytest.importorskip("sentence_transformers", reason="tests sentence-transformers")
+sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs the package sentence-transformers")
 
 
 def test_mean_pooling_and_a_second_load(save, attention, tmp_path):

@@ -9,7 +9,7 @@ import shared_bert
 
 from .conftest import random_model
 
-quantization = pytest.importorskip("torchao.quantization", reason="tests torchao")
+quantization = pytest.importorskip("torchao.quantization", reason="needs the package torchao")
 
 
 def is_quantized(module):

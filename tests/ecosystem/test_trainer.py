@@ -14,7 +14,7 @@ CLASSES = {
     "bert": shared_bert.SharedBertForSequenceClassification,
     "gpt": shared_bert.SharedGptForCausalLM,
 }
-pytest.importorskip("accelerate", reason="Trainer runs on accelerate")
+pytest.importorskip("accelerate", reason="needs the package accelerate")
 
 
 def rows(kind):
