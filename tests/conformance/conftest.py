@@ -1,0 +1,1 @@
+from ..scripts.conftest import tokenizers  # noqa: F401 - a fixture
