@@ -19,6 +19,20 @@ TINY = {
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIGS = {"bert": shared_bert.SharedBertConfig, "gpt": shared_bert.SharedGptConfig}
+# Every scheme, and every way to store matrices over the depth.
+ATTENTION = {scheme: {"attention_scheme": scheme} for scheme in shared_bert.SCHEMES} | {
+    "grouped": {"attention_scheme": "shared_kv", "num_key_value_heads": 2},
+    "masa": {"attention_scheme": "standard", "depth_sharing": "masa", "num_atoms": 2, "depth_shared_matrices": "qkvo"},
+    "masa_network": {"depth_sharing": "masa", "num_atoms": 1, "coefficient_source": "network"},
+    "sequential": {"depth_sharing": "sequential", "num_groups": 1, "rank": 2},
+    "repeat_all_over": {"depth_sharing": "repeat_all_over", "num_groups": 2},
+    "low_rank": {
+        "attention_scheme": "standard",
+        "depth_sharing": "low_rank",
+        "rank": 4,
+        "depth_shared_matrices": "qkvo",
+    },
+}
 LANGUAGE_MODELS = {"bert": shared_bert.SharedBertForMaskedLM, "gpt": shared_bert.SharedGptForCausalLM}
 
 
@@ -52,6 +66,12 @@ def tokenizers():
 @pytest.fixture(params=list(shared_bert.SCHEMES))
 def scheme(request) -> str:
     return request.param
+
+
+@pytest.fixture(params=list(ATTENTION))
+def attention(request) -> dict:
+    """Config fields of a scheme or a depth sharing."""
+    return ATTENTION[request.param]
 
 
 @pytest.fixture(params=["bert", "gpt"])

@@ -42,9 +42,9 @@ class SharedBertConfig(SharedAttentionConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
         layer = "encoder.layer.*"
-        return self._tensor_parallel_plan(
+        self.base_model_tp_plan = self._tensor_parallel_plan(
             f"{layer}.attention.self", f"{layer}.intermediate.dense", f"{layer}.output.dense"
         )

@@ -55,9 +55,9 @@ class SharedGptConfig(SharedAttentionConfig):
     eos_token_id: int | list[int] | None = 50256
     tie_word_embeddings: bool = True
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        return self._tensor_parallel_plan("h.*.attn", "h.*.mlp.c_fc", "h.*.mlp.c_proj")
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.base_model_tp_plan = self._tensor_parallel_plan("h.*.attn", "h.*.mlp.c_fc", "h.*.mlp.c_proj")
 
     @property
     def layer_types(self) -> list[str]:

@@ -170,7 +170,7 @@ class SharedBertModel(SharedBertPreTrainedModel):
         check_length(self.config, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
         if position_ids is None and document_ids is not None:
             position_ids = document_positions(document_ids)
-        # In a later stage of a pipeline this module hands on its first argument, the hidden states of the stage before.
+        # In a later stage of a pipeline this module hands on its first argument, hidden states.
         embeddings = self.embeddings(
             inputs_embeds=inputs_embeds, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids
         )

@@ -237,6 +237,8 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [batch, seq], the tokens themselves (they are shifted here); -100 where nothing is predicted.
+                Training that splits sequences over devices gives `shift_labels` besides, which take their place:
+                the next token of every position, as a part does not hold the token that follows it.
             logits_to_keep: give logits for this many last positions, or for these positions; 0 gives all.
             skip_logits: leave `logits` None. None does so when training with labels.
 
@@ -257,11 +259,15 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
             skip_logits = self.training and labels is not None
         logits = loss = None
         if labels is not None:
+            rows, targets = hidden_states[:, :-1], labels[:, 1:]
+            # Not a named argument: Trainer would evaluate a loss only where it is given.
+            if kwargs.get("shift_labels") is not None:
+                rows, targets = hidden_states, kwargs["shift_labels"]
             loss = linear_cross_entropy(
-                hidden_states[:, :-1].flatten(0, 1),
+                rows.flatten(0, 1),
                 self.lm_head.weight,
                 None,
-                labels[:, 1:].flatten(),
+                targets.flatten(),
                 kwargs.get("num_items_in_batch"),
             )
         if not skip_logits:

@@ -8,17 +8,7 @@ import torch
 from torch import distributed, multiprocessing
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
-from shared_bert import SCHEMES, SharedBertForMaskedLM, SharedGptForCausalLM
-from tests.conftest import TINY, tiny_model
-
-pytestmark = pytest.mark.slow
-DEPTH = {"masa": {"num_atoms": 1, "depth_shared_matrices": "qkvo"}, "low_rank": {"rank": 5}}
-CLASSES = {"bert": SharedBertForMaskedLM, "gpt": SharedGptForCausalLM}
-CASES = [
-    *({"attention_scheme": scheme} for scheme in SCHEMES),
-    {"attention_scheme": "shared_kv", "num_key_value_heads": 2},
-    *({"attention_scheme": "standard", "depth_sharing": name, **fields} for name, fields in DEPTH.items()),
-]
+from tests.conftest import ATTENTION, LANGUAGE_MODELS, TINY, tiny_model
 
 
 def tokens() -> torch.Tensor:
@@ -45,10 +35,10 @@ def _start(rank: int, port: int, function, arguments):
 
 
 def tensor_parallel(rank: int, folder: str):
-    for kind in CLASSES:
-        for i, fields in enumerate(CASES):
-            model = CLASSES[kind].from_pretrained(f"{folder}/{kind}{i}", tp_plan="auto")
-            expected = torch.load(f"{folder}/{kind}{i}.pt")
+    for kind in LANGUAGE_MODELS:
+        for name, fields in ATTENTION.items():
+            model = LANGUAGE_MODELS[kind].from_pretrained(f"{folder}/{kind}_{name}", tp_plan="auto")
+            expected = torch.load(f"{folder}/{kind}_{name}.pt")
             with torch.no_grad():
                 logits = model(tokens()).logits
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5, msg=f"{kind} {fields}")
@@ -57,13 +47,14 @@ def tensor_parallel(rank: int, folder: str):
             assert cut.to_local().shape[0] == TINY["intermediate_size"] // 2
 
 
+@pytest.mark.slow
 def test_tensor_parallel_plan(tmp_path):
-    for kind in CLASSES:
-        for i, fields in enumerate(CASES):
+    for kind in LANGUAGE_MODELS:
+        for name, fields in ATTENTION.items():
             model = tiny_model(kind, **fields)
-            model.save_pretrained(tmp_path / f"{kind}{i}")
+            model.save_pretrained(tmp_path / f"{kind}_{name}")
             with torch.no_grad():
-                torch.save(model(tokens()).logits, tmp_path / f"{kind}{i}.pt")
+                torch.save(model(tokens()).logits, tmp_path / f"{kind}_{name}.pt")
     in_two_processes(tensor_parallel, str(tmp_path))
 
 
@@ -83,8 +74,8 @@ def keep_stage(model, rank: int):
 
 
 def pipeline(rank: int):
-    for kind in CLASSES:
-        for fields in CASES:
+    for kind in LANGUAGE_MODELS:
+        for fields in ATTENTION.values():
             model = tiny_model(kind, **fields)
             with torch.no_grad():
                 expected = model(tokens()).logits
@@ -98,14 +89,13 @@ def pipeline(rank: int):
                     torch.testing.assert_close(logits, expected, rtol=0, atol=0, msg=f"{kind} {fields}")
 
 
+@pytest.mark.slow
 def test_pipeline_plan():
     in_two_processes(pipeline)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("fields", CASES, ids=str)
-def test_plans_name_modules_that_are_there(kind, fields):
-    base = tiny_model(kind, **fields).base_model
+def test_plans_name_modules_that_are_there(kind, attention):
+    base = tiny_model(kind, **attention).base_model
     names = dict(base.named_modules())
     for plan in (base.config.base_model_tp_plan, base.config.base_model_pp_plan, base.config.base_model_fsdp_plan):
         for name in plan:

@@ -1,0 +1,95 @@
+"""Transformers' own tests of models, generation and configs, run on the classes of this package.
+
+A test that does not apply says so by itself: it is about rotary positions, experts, image towers and the like, or
+about a machine with an accelerator. None is left out here.
+"""
+
+import random
+import unittest
+
+import pytest
+import torch
+
+import shared_bert
+
+from ..conftest import ATTENTION, LANGUAGE_MODELS, TINY, TOKENS, tiny_config
+from .upstream import upstream, upstream_folder
+
+pytest.importorskip("parameterized", reason="needs the package parameterized")
+ModelTesterMixin = upstream("test_modeling_common").ModelTesterMixin
+GenerationTesterMixin = upstream("generation.test_utils").GenerationTesterMixin
+ConfigTester = upstream("test_configuration_common").ConfigTester
+
+# Of a few of transformers' tests, which its own decorators make return something.
+pytestmark = pytest.mark.filterwarnings("ignore:It is deprecated to return a value:DeprecationWarning")
+
+BASES = {"bert": shared_bert.SharedBertModel, "gpt": shared_bert.SharedGptModel}
+# Every class is tested with its default scheme; base and language model with everything else.
+DEFAULT = {"bert": "shared", "gpt": "query_free"}
+HEADS = {
+    "bert": [
+        shared_bert.SharedBertForSequenceClassification,
+        shared_bert.SharedBertForTokenClassification,
+        shared_bert.SharedBertForQuestionAnswering,
+        shared_bert.SharedBertForMultipleChoice,
+    ],
+    "gpt": [shared_bert.SharedGptForSequenceClassification, shared_bert.SharedGptForTokenClassification],
+}
+SIZES = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+
+
+class ModelTester:
+    """The tiny config and inputs that the mixins ask for, under the names that they ask for."""
+
+    batch_size = 3
+    seq_length = 7
+    num_choices = 2
+    is_training = True
+
+    def __init__(self, kind: str, fields: dict):
+        self.kind = kind
+        self.fields = fields
+        self.base_model_class = BASES[kind]
+        vars(self).update(SIZES, vocab_size=TINY["vocab_size"])
+
+    def get_config(self):
+        return tiny_config(self.kind, **self.fields)
+
+    def prepare_config_and_inputs_for_common(self):
+        first = max(TOKENS.values()) + 1
+        # Their seed is that of `random`, not of torch.
+        rows = [[random.randrange(first, self.vocab_size) for _ in range(7)] for _ in range(self.batch_size)]
+        inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
+        inputs["attention_mask"][0, :2] = 0
+        return self.get_config(), inputs
+
+
+def model_tests(kind: str, name: str) -> type:
+    mixins = (GenerationTesterMixin, ModelTesterMixin) if kind == "gpt" else (ModelTesterMixin,)
+
+    def set_up(self):
+        self.model_tester = ModelTester(kind, ATTENTION[name])
+
+    heads = HEADS[kind] if name == DEFAULT[kind] else []
+    contents = {
+        "setUp": set_up,
+        "all_model_classes": (BASES[kind], LANGUAGE_MODELS[kind], *heads),
+        "test_can_init_all_missing_weights_before_2023": True,
+        "pytestmark": [] if name == DEFAULT[kind] else [pytest.mark.slow],
+    }
+    return type(f"Test_{kind}_{name}", (*mixins, unittest.TestCase), contents)
+
+
+globals().update({f"Test_{kind}_{name}": model_tests(kind, name) for kind in BASES for name in ATTENTION})
+
+
+@pytest.mark.skipif(
+    (upstream_folder() / "generation").exists(),
+    reason="they are there, and run by the classes above",
+)
+def test_generation():
+    pytest.skip("the tests of generation are in transformers' repository only, which could not be reached")
+
+
+def test_config(kind, attention):
+    ConfigTester(unittest.TestCase(), type(tiny_config(kind)), **SIZES, **attention).run_common_tests()

@@ -1,0 +1,22 @@
+"""`generate` with a preallocated cache and a compiled forward writes what plain generation writes."""
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from ..conftest import tiny_model
+
+
+@pytest.mark.slow
+def test_compiled_static_cache_writes_the_same(attention, input_ids):
+    model = tiny_model("gpt", initializer_range=0.3, **attention)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options["attention_mask"] = torch.ones_like(input_ids)
+    expected = model.generate(input_ids, **options)
+    # transformers compiles for an accelerator only, unless it is told to.
+    compile_config = CompileConfig(fullgraph=True)
+    compile_config._compile_all_devices = True
+    compiled = model.generate(input_ids, cache_implementation="static", compile_config=compile_config, **options)
+    assert hasattr(model, "_compiled_call")
+    assert torch.equal(compiled, expected)
+    torch._dynamo.reset()
