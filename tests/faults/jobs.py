@@ -5,6 +5,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from safetensors.torch import save_file
+
+from shared_bert.data import load_documents, pack, train_tokenizer
 from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain, trainer
 from shared_bert.training.checkpoints import checkpoint_damage, checkpoints
 
@@ -16,6 +19,14 @@ SCRIPTS = {
 
 def is_whole(checkpoint: Path) -> bool:
     return checkpoint_damage(checkpoint) is None
+
+
+def run_packing(text: Path, output: Path):
+    """Packs text, and writes the blocks where a model's weights would be."""
+    documents = load_documents(train_file=text, validation_file=text, sample_by="line")["train"]
+    blocks = pack(documents, train_tokenizer("wordpiece", documents, 320, 32), 32)
+    output.mkdir(exist_ok=True)
+    save_file(blocks.with_format("torch")[:], output / "model.safetensors")
 
 
 def run_pretraining(keys: dict):

@@ -144,11 +144,11 @@ FOREIGN = [
 
 
 def test_what_transformers_itself_states_is_no_misspelling(kind):
-    base = [field.name for field in dataclasses.fields(PreTrainedConfig)]
-    names = {*FOREIGN, *base, *GenerationConfig().to_dict()}
-    for name in names - set(OWN[kind]):
-        value = {"num_labels": 2, "output_attentions": False, "is_encoder_decoder": False}.get(name)
-        CONFIGS[kind](**{name: value})
+    stated = dict.fromkeys([*FOREIGN, *GenerationConfig().to_dict()])
+    stated |= {field.name: field.default for field in dataclasses.fields(PreTrainedConfig)}
+    stated |= {"num_labels": 2, "output_attentions": False}
+    for name in stated.keys() - set(OWN[kind]):
+        CONFIGS[kind](**{name: stated[name]})
 
 
 def test_a_value_that_is_set_later_is_checked_too(kind, tmp_path):

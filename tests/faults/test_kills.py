@@ -43,7 +43,8 @@ def check_what_is_whole(output: Path, undisturbed: Path):
 
 def kill_again_and_again(job, arguments, output: Path, undisturbed: Path, kills: int, **places):
     """Kills a job `kills` times, on its way to the end and beginning anew behind it, and lets it end."""
-    status, number_of_events = run_job(job, *arguments(undisturbed), **places)
+    cache = places["cache"].with_name("whole_cache")
+    status, number_of_events = run_job(job, *arguments(undisturbed), **places | {"cache": cache})
     assert status == 0, places["log"].read_text()
     generator = random.Random(SEED)
     while kills:
@@ -57,7 +58,14 @@ def kill_again_and_again(job, arguments, output: Path, undisturbed: Path, kills:
     assert status == 0, places["log"].read_text()[-3000:]
     check_what_is_whole(output, undisturbed)
     assert_same(output, undisturbed)
-    assert not list(output.parent.rglob("*unfinished*"))
+    assert not list(output.rglob("*unfinished*"))
+
+
+def test_packing(tmp_path, places):
+    """What was read and packed by halves is not in the cache."""
+    text = write_text(tmp_path / "text.txt")
+    places_of_both = (tmp_path / "out", tmp_path / "whole")
+    kill_again_and_again(jobs.run_packing, lambda output: [text, output], *places_of_both, 6, **places)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +77,7 @@ def test_pretraining(tmp_path, places, model_type, fields):
     def arguments(output):
         return [{**keys, "output_dir": str(output)}]
 
-    kill_again_and_again(jobs.run_pretraining, arguments, tmp_path / "run", tmp_path / "whole", 8, **places)
+    kill_again_and_again(jobs.run_pretraining, arguments, tmp_path / "run", tmp_path / "whole", 6, **places)
 
 
 def test_conversion(tmp_path, places, stock):
