@@ -46,6 +46,23 @@ def tiny_model(kind: str, cls=None, **fields):
     return (cls or LANGUAGE_MODELS[kind])(tiny_config(kind, **fields)).eval()
 
 
+TEXT = "the fox hunts . the dog barks . the owl sees . the cat naps . the hen lays . the cow stands ."
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    """A tokenizer of each kind that knows a few words."""
+    from datasets import Dataset
+
+    from shared_bert.data import train_tokenizer
+
+    documents = Dataset.from_dict({"text": [TEXT] * 20})
+    kinds = {"bert": "wordpiece", "gpt": "byte_bpe"}
+    return {
+        name: train_tokenizer(kind, documents, vocab_size=300, model_max_length=40) for name, kind in kinds.items()
+    }
+
+
 @pytest.fixture(params=list(shared_bert.SCHEMES))
 def scheme(request) -> str:
     return request.param

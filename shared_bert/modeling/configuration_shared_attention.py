@@ -4,6 +4,7 @@ They are the same in every model.
 """
 
 import math
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -59,6 +60,9 @@ class SharedAttentionConfig(PreTrainedConfig):
         ValueError: naming the field, for a value or a combination that has no meaning.
     """
 
+    # Which class of the model's file serves which Auto class.
+    auto_classes: ClassVar[dict[str, str]] = {}
+
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -87,6 +91,16 @@ class SharedAttentionConfig(PreTrainedConfig):
                 f"attention_scheme={self.attention_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}"
             )
         return SCHEMES[self.attention_scheme]
+
+    def _tensor_parallel_plan(self, attention: str, first: str, second: str) -> dict[str, str]:
+        """Plans how each layer's matrices are cut over processes, by the names of its attention and of its MLP.
+
+        The MLP stays cut between its two matrices. Attention's are gathered: where a role is the input itself, or two
+        roles are one tensor, heads cannot be dealt out by columns. What layers share is not cut.
+        """
+        cut = {"projection": "colwise_gather_output", "output": "rowwise_split_input"}
+        own = {f"{attention}.{name}": style for name, style in cut.items() if name not in self.shared_maps}
+        return {**own, first: "colwise", second: "rowwise"}
 
     @property
     def is_stock(self) -> bool:
@@ -123,6 +137,14 @@ class SharedAttentionConfig(PreTrainedConfig):
             ranks = self.layer_ranks[layer_idx]
             return ranks[number:] if linear == "output" else ranks[:number]
         return [self.rank or 0] * len(self.matrix_widths(linear))
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves the config, with where each Auto class finds its class in the code that goes with the weights."""
+        # What is there may name another repository's code ("repository--file.Class"), or a subclass of the user's.
+        named = {auto: cls for auto, cls in (getattr(self, "auto_map", None) or {}).items() if "--" not in cls}
+        models = {auto: f"modeling_{self.model_type}.{name}" for auto, name in self.auto_classes.items()}
+        self.auto_map = {**models, **named}
+        super().save_pretrained(save_directory, **kwargs)
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:

@@ -1,5 +1,7 @@
 """SharedBERT's config: BERT's fields and those of its attention."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 
 from .configuration_shared_attention import SharedAttentionConfig
@@ -13,6 +15,21 @@ class SharedBertConfig(SharedAttentionConfig):
     """
 
     model_type = "shared_bert"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "SharedBertModel",
+        "AutoModelForMaskedLM": "SharedBertForMaskedLM",
+        "AutoModelForSequenceClassification": "SharedBertForSequenceClassification",
+        "AutoModelForTokenClassification": "SharedBertForTokenClassification",
+        "AutoModelForQuestionAnswering": "SharedBertForQuestionAnswering",
+        "AutoModelForMultipleChoice": "SharedBertForMultipleChoice",
+    }
+
+    base_model_pp_plan = {
+        "embeddings": (["input_ids"], ["inputs_embeds"]),
+        "encoder.layer": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "pooler": (["hidden_states"], ["pooler_output"]),
+    }
+    base_model_fsdp_plan = {"encoder.layer.*": "free_full_weight"}
 
     attention_scheme: str = "shared"
     vocab_size: int = 30522
@@ -26,3 +43,10 @@ class SharedBertConfig(SharedAttentionConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        layer = "encoder.layer.*"
+        self.base_model_tp_plan = self._tensor_parallel_plan(
+            f"{layer}.attention.self", f"{layer}.intermediate.dense", f"{layer}.output.dense"
+        )

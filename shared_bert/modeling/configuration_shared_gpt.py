@@ -1,5 +1,7 @@
 """SharedGPT's config: GPT-2's choices under BERT's field names, and those of its attention."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 
 from .cache import SHARED_KEY_VALUE
@@ -21,7 +23,21 @@ class SharedGptConfig(SharedAttentionConfig):
     """
 
     model_type = "shared_gpt"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "SharedGptModel",
+        "AutoModelForCausalLM": "SharedGptForCausalLM",
+        "AutoModelForSequenceClassification": "SharedGptForSequenceClassification",
+        "AutoModelForTokenClassification": "SharedGptForTokenClassification",
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "wte": (["input_ids"], ["inputs_embeds"]),
+        "wpe": (["position_ids"], ["position_embeds"]),
+        "drop": (["inputs_embeds"], ["hidden_states"]),
+        "h": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "ln_f": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_fsdp_plan = {"h.*": "free_full_weight"}
 
     attention_scheme: str = "query_free"
     attention_bias: bool = False
@@ -40,6 +56,10 @@ class SharedGptConfig(SharedAttentionConfig):
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256
     tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.base_model_tp_plan = self._tensor_parallel_plan("h.*.attn", "h.*.mlp.c_fc", "h.*.mlp.c_proj")
 
     @property
     def layer_types(self) -> list[str]:

@@ -169,7 +169,10 @@ class SharedBertModel(SharedBertPreTrainedModel):
         check_length(self.config, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
         if position_ids is None and document_ids is not None:
             position_ids = document_positions(document_ids)
-        embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        # In a later stage of a pipeline this module hands on its first argument, hidden states.
+        embeddings = self.embeddings(
+            inputs_embeds=inputs_embeds, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids
+        )
         attention_mask, packing = attention_inputs(
             self.config, False, embeddings, attention_mask, document_ids, position_ids
         )

@@ -193,7 +193,9 @@ class SharedGptModel(SharedGptPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
 
-        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        # In a later stage of a pipeline the input is hidden states, which have their positions.
+        is_first_stage = not isinstance(self.wpe, nn.Identity)
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids) if is_first_stage else inputs_embeds)
         weights = shared_weights(self.depth_sharing, len(self.h))
         for block, block_weights in zip(self.h, weights, strict=True):
             hidden_states = block(

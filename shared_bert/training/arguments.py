@@ -113,6 +113,10 @@ class PretrainingArguments(TrainingArguments):
         default_factory=lambda: {"dispatch_batches": False}, metadata={"help": "Of accelerate: a dict or a JSON file."}
     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the Hub's token out of `training_args.bin`, which Trainer pickles into every checkpoint."""
+        return {**self.__dict__, "hub_token": None}
+
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("output_dir is not given: name the folder for checkpoints and the model")

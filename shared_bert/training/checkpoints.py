@@ -17,7 +17,7 @@ UNFINISHED = "_unfinished"
 _RUN_FILES = (
     "model*.safetensors*", "pytorch_model*.bin*", "config.json", "generation_config.json", "tokenizer*.json",
     "special_tokens_map.json", "vocab.*", "training_args.bin", "trainer_state.json", "*_results.json", "loss_curve.*",
-    UNFINISHED,
+    "run.json*", "*.py", "README.md", UNFINISHED,
 )  # fmt: skip
 _NEEDED = ("trainer_state.json", "*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 

@@ -21,6 +21,7 @@ from .arguments import DataArguments, PretrainingArguments
 from .checkpoints import checkpoint_to_resume
 from .loss_curve import save_loss_curve
 from .pretraining import EndlessBlocks, RunRemover, check_launch, check_streaming, pack_split, read_documents
+from .run_record import RunRecorder
 from .trainer import PretrainingTrainer, uses_fsdp
 
 _LANGUAGE_MODELS = (SharedBertForMaskedLM, SharedGptForCausalLM)
@@ -80,11 +81,12 @@ def heal(
     )
     if training_args.overwrite_output_dir:
         trainer.add_callback(RunRemover)
+    trainer.add_callback(RunRecorder("healing", data_args))
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     for parameter in unused:
         parameter.requires_grad_(True)
     model.config.use_cache = True  # Trainer turned it off for training
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, when its metrics are there
     trainer.save_metrics("train", metrics)
     evaluation = trainer.evaluate()
     trainer.save_metrics("eval", evaluation)
@@ -95,6 +97,8 @@ def heal(
         log, loss_name = trainer.state.log_history, "error of states" + " + KL divergence (nats)" * has_predictions
         save_loss_curve(training_args.output_dir, log, None, title, loss_name)
         print(f"healed to a loss of {evaluation['eval_loss']:.4f}; the model is in {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
     return {**metrics, **evaluation}
 
 

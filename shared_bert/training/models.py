@@ -38,7 +38,7 @@ def config_fields(arguments: ModelArguments) -> dict[str, Any]:
     overrides = arguments.config_overrides or {}
     valid = {field.name for field in fields(type(AutoConfig.for_model(model_type)))}
     if not arguments.model_name_or_path:
-        check_keys(stated, valid | {"model_type"}, source)
+        check_keys(stated, valid | {"model_type", "auto_map"}, source)
     check_keys(overrides, valid, "config_overrides")
     return {**stated, **overrides}
 

@@ -27,6 +27,7 @@ from .checkpoints import checkpoint_to_resume, remove_run
 from .loss_curve import save_loss_curve
 from .metrics import accuracy_of, likeliest_tokens
 from .models import OBJECTIVES, config_fields, make_model
+from .run_record import RunRecorder
 from .trainer import PretrainingTrainer, uses_fsdp
 
 _TOKENIZER_KINDS = {"mlm": "wordpiece", "clm": "byte_bpe"}
@@ -110,12 +111,13 @@ def pretrain(
     )
     if training_args.overwrite_output_dir:
         trainer.add_callback(RunRemover)
+    trainer.add_callback(RunRecorder("pre-training", data_args))
     if checkpoint and is_main:
         print(f"resuming from {checkpoint}", flush=True)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if hasattr(config, "use_cache"):
         config.use_cache = True  # Trainer turned it off for training
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, when its metrics are there
     trainer.save_metrics("train", metrics)
     evaluation = trainer.evaluate()
     trainer.save_metrics("eval", evaluation)
@@ -130,6 +132,8 @@ def pretrain(
             + f", perplexity {evaluation['eval_perplexity']:.1f}, accuracy {evaluation['eval_accuracy']:.1%}\n"
             f"model, metrics and loss_curve.png are in {training_args.output_dir}"
         )
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
     return {**metrics, **evaluation}
 
 

@@ -6,7 +6,6 @@ import torch
 import shared_bert
 
 from ..conftest import tiny_model
-from ..scripts.conftest import tokenizers  # noqa: F401 - a fixture
 
 TEXTS = ["the fox hunts .", "the dog barks . the owl sees ."]
 
@@ -28,7 +27,7 @@ def padded_batch(input_ids) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def save(tokenizers, tmp_path):  # noqa: F811
+def save(tokenizers, tmp_path):
     """Saves a model of a class with its tokenizer; gives the model, the tokenizer and the folder."""
 
     def save(cls, **fields):

@@ -11,9 +11,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 import shared_bert
 from shared_bert.training import healing
 
-from ..conftest import tiny_model
+from ..conftest import TEXT, tiny_model
 from ..training import runs
-from .conftest import ROOT, TEXT
+from .conftest import ROOT
 
 
 @pytest.fixture

@@ -12,33 +12,16 @@ from transformers import AutoTokenizer
 import shared_bert
 
 from ..conftest import tiny_model
+from ..far_side import WITHOUT_PACKAGE
 
-# The package cannot be imported on the far side, which makes sure of it.
-FAR_SIDE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "shared_bert":
-            raise ModuleNotFoundError("blocked", name=name)
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import shared_bert
-except ModuleNotFoundError as error:
-    assert str(error) == "blocked"
-else:
-    raise AssertionError("shared_bert can be imported")
-import json
-folder = sys.argv[1]
-"""
+FOLDER = "import json\nfolder = sys.argv[1]\n"
 TEXTS = ["the fox hunts .", "the dog barks . the owl sees ."]
 
 
 def far_side(code: str, *arguments):
     """Runs `code` where the package is not, and gives the JSON that it prints last."""
     process = subprocess.run(
-        [sys.executable, "-c", FAR_SIDE + code, *map(str, arguments)],
+        [sys.executable, "-c", WITHOUT_PACKAGE + FOLDER + code, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

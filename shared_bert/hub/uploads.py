@@ -1,0 +1,198 @@
+"""Pushes to the Hub: a folder that a person with or without this package can load, in one commit or none.
+
+huggingface_hub's `upload_folder` may spread a folder over several commits, and transformers' pushes come with
+`training_args.bin`, a pickle; `create_commit` is what is used here.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .. import modeling
+from ..conversion.folders import copy_tokenizer
+from ..conversion.stock import to_stock
+from .cards import MARK, model_card
+
+_CODE = {path.name for path in Path(modeling.__file__).parent.glob("*.py")}
+_WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+_METRICS = ("*_results.json", "loss_curve.*", "conversion.json")
+
+
+class PushError(OSError):
+    """A push that failed, with the state in which it left the repository."""
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+    tag: str | None = None,
+    source: str | Path | None = None,
+    as_stock: bool = False,
+) -> CommitInfo:
+    """Pushes a model with its code, tokenizer and card. It is `push_to_hub` of every model of this package.
+
+    Arguments not named here are those of `PreTrainedModel.push_to_hub`. `revision` is a branch, which is made if there
+    is none of that name.
+
+    Args:
+        tag: a name for the new commit.
+        source: the folder of the run or checkpoint, whose tokenizer and metrics go along; by default the one that the
+            model was loaded from, if any.
+        as_stock: push what `to_stock` makes of the model, which needs no code.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: a name that is not valid, a tag that is taken, a model that has no stock counterpart; before
+            anything is uploaded.
+        PushError: the Hub refused or could not be reached. It is as it was before, or else the error says so.
+    """
+    source = Path(source or model.name_or_path or ".unknown")
+    with _staged(model, source, repo_id, revision, tags, as_stock, max_shard_size) as folder:
+        return upload(
+            folder,
+            repo_id,
+            commit_message=commit_message or f"Upload {type(model).__name__}",
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tag=tag,
+        )
+
+
+@contextmanager
+def _staged(model, source, repo_id, revision, tags, as_stock, max_shard_size) -> Iterator[Path]:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (to_stock(model) if as_stock else model).save_pretrained(folder, max_shard_size=max_shard_size)
+        _add_run(source, folder)
+        card = model_card(type(model), model.config, repo_id, source, revision, as_stock, tags)
+        card.save(folder / "README.md")
+        yield folder
+
+
+def stage_checkpoint(checkpoint: str | Path, folder: str | Path, repo_id: str, revision: str | None = None):
+    """Copies into `folder` what a push of a checkpoint takes, as it was saved, and writes the card."""
+    for path in (path for pattern in _WEIGHTS for path in Path(checkpoint).glob(pattern)):
+        shutil.copy(path, folder)
+    _add_run(Path(checkpoint), Path(folder))
+    write_card(checkpoint, folder, repo_id, revision)
+
+
+def write_card(saved: str | Path, folder: str | Path, repo_id: str, revision: str | None = None):
+    """Writes the card of a model that was saved, or of a checkpoint, into `folder`."""
+    fields = json.loads(Path(saved, "config.json").read_text(encoding="utf-8"))
+    model_class = getattr(modeling, fields["architectures"][0])
+    config: PreTrainedConfig = model_class.config_class.from_pretrained(saved)
+    model_card(model_class, config, repo_id, saved, revision).save(Path(folder, "README.md"))
+
+
+def _add_run(source: Path, folder: Path):
+    if source.is_dir():
+        copy_tokenizer(str(source), folder)
+        for path in (path for pattern in _METRICS for path in source.glob(pattern)):
+            shutil.copy(path, folder)
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    commit_message: str,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+) -> CommitInfo:
+    """Commits the files of a folder, and deletes weights and code of an earlier push that it does not hold.
+
+    The repository and the branch are made where they are missing. A card that was not written by this package stays.
+
+    Raises:
+        ValueError, PushError: as of `push_to_hub`.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository: {error}") from error
+    api = HfApi(token=token)
+    before = None
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        refs = api.list_repo_refs(repo_id)
+        taken = tag is not None and tag in [ref.name for ref in refs.tags]
+        if not taken:
+            if revision not in (None, *(ref.name for ref in refs.branches)):
+                api.create_branch(repo_id, branch=revision)
+            before = api.model_info(repo_id, revision=revision).sha
+            commit = api.create_commit(
+                repo_id,
+                _operations(api, Path(folder), repo_id, revision),
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=None if create_pr else before,
+            )
+            if tag is not None:
+                api.create_tag(repo_id, tag=tag, revision=commit.oid)
+            return commit
+    except Exception as error:  # whatever the client meets, the user must know what the Hub holds now
+        raise PushError(_what_happened(api, repo_id, revision, before, error)) from error
+    raise ValueError(f"{repo_id} has a tag {tag!r} already: name another")
+
+
+def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    added = {path.relative_to(folder).as_posix(): path for path in paths}
+    there = set(api.list_repo_files(repo_id, revision=revision))
+    if "README.md" in there and not _is_ours(api, repo_id, revision):
+        added.pop("README.md", None)
+    # An earlier push may have left code, or shards of weights, that are not part of this one.
+    stale = [name for name in there - added.keys() if name in _CODE or re.fullmatch(r"[^/]+\.safetensors.*", name)]
+    return [CommitOperationAdd(name, path) for name, path in added.items()] + [
+        CommitOperationDelete(name) for name in stale
+    ]
+
+
+def _is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    path = api.hf_hub_download(repo_id, "README.md", revision=revision)
+    return MARK in Path(path).read_text(encoding="utf-8")
+
+
+def _what_happened(api: HfApi, repo_id: str, revision: str | None, before: str | None, error: Exception) -> str:
+    branch = revision or "main"
+    cause = " ".join(str(part) for part in (error, error.__cause__) if part is not None)
+    try:
+        now = api.model_info(repo_id, revision=revision).sha
+    except RepositoryNotFoundError:
+        state = "nothing was uploaded"
+    except Exception:
+        state = "the Hub does not say what it holds now; a commit is made as a whole or not at all"
+    else:
+        unchanged = f"nothing was committed: {branch} is at {now[:8]}, as before"
+        state = unchanged if before in (None, now) else f"{branch} was at {before[:8]} and is at {now[:8]} now"
+    return f"the push to {repo_id} failed ({' '.join(cause.split())}); {state}"

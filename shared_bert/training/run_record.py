@@ -1,0 +1,45 @@
+"""What a run was: its text, its options and its versions, for whoever finds the folder, and for the model card."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from .arguments import DataArguments, PretrainingArguments
+
+RUN_RECORD = "run.json"
+_DATA = ("dataset_name", "dataset_config_name", "train_file", "mlm_probability", "whole_word_mask")
+_TRAINING = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "bf16", "seed",
+)  # fmt: skip
+
+
+class RunRecorder(TrainerCallback):
+    """Writes `run.json` into the output folder when training begins. No token, and no path but the text's, is in it.
+
+    Args:
+        kind: "pre-training" or "healing".
+    """
+
+    def __init__(self, kind: str, data_args: DataArguments):
+        self.kind = kind
+        self.data_args = data_args
+
+    def on_train_begin(self, args: PretrainingArguments, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        record = {
+            "kind": self.kind,
+            "data": {name: getattr(self.data_args, name) for name in _DATA},
+            "block_size": self.data_args.block_size,
+            "tokens_per_step": rows * self.data_args.block_size,
+            "training": {name: getattr(args, name) for name in _TRAINING},
+            "versions": {name: version(name) for name in ("shared_bert", "transformers", "torch")},
+        }
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        whole = Path(args.output_dir, f"{RUN_RECORD}.unfinished")
+        whole.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        whole.replace(Path(args.output_dir, RUN_RECORD))

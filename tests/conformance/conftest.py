@@ -1,1 +1,0 @@
-from ..scripts.conftest import tokenizers  # noqa: F401 - a fixture

@@ -1,0 +1,50 @@
+"""A model that has been saved, and a Hub on this machine to push it to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import transformers.utils.hub
+
+from .hub_double import TOKEN, HubDouble
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubDouble() as double:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", double.url)
+        template = double.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield double
+
+
+@pytest.fixture
+def far(hub, tmp_path):
+    """Runs a Python command in a process that knows this Hub; `token` decides whether it is logged in."""
+
+    def far(*command, token: str | None = None, **environment) -> subprocess.CompletedProcess:
+        known = {
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        clean = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+        token_variable = {} if token is None else {"HF_TOKEN": token}
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            env={**clean, **known, **token_variable, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=tmp_path,
+        )
+
+    return far

@@ -1,0 +1,324 @@
+"""What is pushed can be loaded by anybody, and a push that fails changes nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+import shared_bert
+from shared_bert.hub import PushError
+
+from ..conftest import tiny_model
+from ..far_side import WITHOUT_PACKAGE
+from .conftest import ROOT
+from .hub_double import CUT, TOKEN
+
+SCRIPT = ROOT / "scripts" / "push_to_hub.py"
+REPO = "somebody/model"
+LOAD = """
+import json, sys
+import transformers
+from transformers import AutoTokenizer
+auto, repo, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = getattr(transformers, auto).from_pretrained(repo, **options)
+tokenizer = AutoTokenizer.from_pretrained(repo, **options)
+inputs = tokenizer(["the fox hunts .", "the dog barks . the owl"], padding=True, return_tensors="pt")
+print(json.dumps([type(model).__name__, type(tokenizer).__name__, model(**inputs).logits.tolist()]))
+"""
+CLASSES = {
+    "bert": ("AutoModelForMaskedLM", "BertTokenizer"),
+    "gpt": ("AutoModelForCausalLM", "GPT2Tokenizer"),
+}
+
+
+@pytest.fixture
+def saved(tokenizers, tmp_path):
+    """Saves a model and its tokenizer; gives the model and the folder."""
+
+    def saved(kind="bert", cls=None, name="saved", **fields):
+        model = tiny_model(kind, cls, vocab_size=320, **fields)
+        model.save_pretrained(tmp_path / name)
+        tokenizers[kind].save_pretrained(tmp_path / name)
+        (tmp_path / name / "eval_results.json").write_text(json.dumps({"eval_loss": 2.5, "eval_accuracy": 0.25}))
+        return model, tmp_path / name
+
+    return saved
+
+
+def load_remotely(far, kind, repo=REPO, package=False, **options):
+    """Loads by name in a fresh process, with or without the package; gives class names and logits."""
+    code = ("import shared_bert\n" if package else WITHOUT_PACKAGE) + LOAD
+    process = far("-c", code, CLASSES[kind][0], repo, json.dumps(options))
+    assert process.returncode == 0, process.stderr
+    model_class, tokenizer_class, logits = json.loads(process.stdout.splitlines()[-1])
+    assert tokenizer_class == CLASSES[kind][1]
+    return model_class, torch.tensor(logits)
+
+
+def logits_of(model, folder):
+    inputs = AutoTokenizer.from_pretrained(folder)(
+        ["the fox hunts .", "the dog barks . the owl"], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("bert", {"attention_scheme": "shared"}),
+        ("bert", {"attention_scheme": "pairwise", "depth_sharing": "masa", "num_atoms": 1}),
+        ("gpt", {"attention_scheme": "shared_kv", "num_key_value_heads": 2}),
+        ("gpt", {"attention_scheme": "query_free", "depth_sharing": "low_rank", "rank": 3}),
+    ],
+)
+def test_anybody_can_load_what_is_pushed(hub, far, saved, kind, fields):
+    model, folder = saved(kind, **fields)
+    process = far(SCRIPT, folder, REPO, token=TOKEN)
+    assert process.returncode == 0, process.stderr
+    expected = logits_of(model, folder)
+    for options in ({"trust_remote_code": True}, {"package": True}):
+        model_class, logits = load_remotely(far, kind, **options)
+        assert model_class == type(model).__name__
+        assert torch.equal(logits, expected)
+    refused = far("-c", WITHOUT_PACKAGE + LOAD, CLASSES[kind][0], REPO, json.dumps({"trust_remote_code": False}))
+    assert "trust_remote_code=True" in refused.stderr
+
+
+@pytest.mark.slow
+def test_as_stock_needs_no_code(hub, far, saved):
+    model, folder = saved("bert", attention_scheme="shared")
+    assert far(SCRIPT, folder, REPO, token=TOKEN).returncode == 0
+    assert "modeling_shared_bert.py" in hub.repositories[REPO].files()
+    assert far(SCRIPT, folder, REPO, "--as-stock", token=TOKEN).returncode == 0
+    assert not [name for name in hub.repositories[REPO].files() if name.endswith(".py")]
+    model_class, logits = load_remotely(far, "bert")
+    assert model_class == "BertForMaskedLM"
+    torch.testing.assert_close(logits, logits_of(model, folder), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_pushed(hub, saved):
+    model, folder = saved("bert", attention_scheme="pairwise")
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    model = shared_bert.SharedBertForMaskedLM.from_pretrained(folder)
+    model.push_to_hub(REPO, private=True, tag="v1", commit_message="all of it")
+    repository = hub.repositories[REPO]
+    assert repository.private
+    assert repository.messages == ["initial commit", "all of it"]
+    assert repository.tags == {"v1": repository.branches["main"]}
+    files = repository.files()
+    assert set(files) == {
+        ".gitattributes", "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "eval_results.json", "attention.py", "configuration_shared_attention.py", "configuration_shared_bert.py",
+        "depth_sharing.py", "losses.py", "modeling_shared_bert.py", "packing.py", "projections.py", "schemes.py",
+    }  # fmt: skip
+    assert set(json.loads(files["config.json"])["auto_map"]) == {"AutoConfig", *model.config.auto_classes}
+    for name, tensor in load(files["model.safetensors"]).items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_revisions_leave_main_alone(hub, saved):
+    model, folder = saved("bert")
+    model.push_to_hub(REPO, source=folder)
+    main = hub.repositories[REPO].branches["main"]
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight += 1
+    model.push_to_hub(REPO, source=folder, revision="step-500")
+    assert hub.repositories[REPO].branches["main"] == main
+    revisions = [AutoModelForMaskedLM.from_pretrained(REPO, revision=name) for name in ("main", "step-500")]
+    difference = revisions[1].get_input_embeddings().weight - revisions[0].get_input_embeddings().weight
+    torch.testing.assert_close(difference, torch.ones_like(difference))
+    assert 'revision="step-500"' in hub.repositories[REPO].files("step-500")["README.md"].decode()
+
+
+def test_shards_that_are_no_longer_needed_go(hub, saved):
+    model, _ = saved("bert")
+    model.push_to_hub(REPO, max_shard_size="20KB")
+    assert "model.safetensors.index.json" in hub.repositories[REPO].files()
+    hub.repositories[REPO].files()["handler.py"] = b"the user's own"
+    model.push_to_hub(REPO)
+    weights = {name for name in hub.repositories[REPO].files() if ".safetensors" in name}
+    assert weights == {"model.safetensors"}
+    assert hub.repositories[REPO].files()["handler.py"] == b"the user's own"
+
+
+def test_somebodys_own_card_stays(hub, saved):
+    model, _ = saved("bert")
+    model.push_to_hub(REPO)
+    hub.repositories[REPO].files()["README.md"] = b"---\nlicense: mit\n---\n# mine\n"
+    model.push_to_hub(REPO)
+    assert hub.repositories[REPO].files()["README.md"].endswith(b"# mine\n")
+
+
+@pytest.mark.parametrize(
+    ("request_", "fault", "said"),
+    [
+        ("POST /api/", 401, "401"),
+        ("POST /api/", 403, "403"),
+        ("GET .*/refs", CUT, ""),
+        ("POST .*/preupload/", 403, "403"),
+        ("POST .*/objects/batch", 400, "400"),
+        ("PUT /lfs/", 403, "403"),
+        ("PUT /lfs/", CUT, ""),
+        ("POST .*/commit/", 409, "409"),
+        ("POST .*/commit/", 500, "500"),
+        ("POST .*/commit/", 503, "503"),
+        ("POST .*/commit/", CUT, ""),
+    ],
+)
+def test_a_push_that_fails_leaves_the_last_revision(hub, saved, request_, fault, said, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own attempts
+    model, folder = saved("bert")
+    model.push_to_hub(REPO, source=folder)
+    expected = logits_of(model, folder)
+    main = hub.repositories[REPO].branches["main"]
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight += 1
+    with hub.fault(request_, fault), pytest.raises(PushError) as failed:
+        model.push_to_hub(REPO, source=folder)
+    assert f"nothing was committed: main is at {main[:8]}, as before" in str(failed.value)
+    assert said in str(failed.value)
+    assert TOKEN not in str(failed.value)
+    assert hub.repositories[REPO].branches["main"] == main
+    before = AutoModelForMaskedLM.from_pretrained(REPO)
+    assert torch.equal(logits_of(before, folder), expected)
+    model.push_to_hub(REPO, source=folder)
+    assert hub.repositories[REPO].branches["main"] != main
+
+
+def test_a_hub_that_is_gone(hub, saved, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    model, _ = saved("bert")
+    with hub.fault(".", CUT), pytest.raises(PushError, match="does not say what it holds now"):
+        model.push_to_hub(REPO)
+
+
+def test_a_commit_by_somebody_else_is_not_overwritten(hub, saved, monkeypatch):
+    model, _ = saved("bert")
+    model.push_to_hub(REPO)
+    repository = hub.repositories[REPO]
+    route = hub._route
+
+    def interfere(method, path, headers, body):
+        if "/preupload/" in path:
+            repository.commit("main", {**repository.files(), "theirs": b""}, "in between")
+        return route(method, path, headers, body)
+
+    monkeypatch.setattr(hub, "_route", interfere)
+    with pytest.raises(PushError, match=r"main was at \w{8} and is at \w{8} now"):
+        model.push_to_hub(REPO, commit_message="late")
+    assert repository.messages[-1] == "in between"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"repo_id": "a/b/c"}, "'a/b/c' is no name of a repository"), ({"tag": "v1"}, "has a tag 'v1' already")],
+)
+def test_what_is_refused_before_an_upload(hub, saved, options, said):
+    model, _ = saved("bert")
+    model.push_to_hub(REPO, tag="v1")
+    hub.requests.clear()
+    with pytest.raises(ValueError, match=said):
+        model.push_to_hub(**{"repo_id": REPO} | options)
+    assert not [request for request in hub.requests if "commit" in request or "lfs" in request]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["nowhere", REPO], "nowhere"), (["bare", REPO], "no tokenizer"), (["broken", REPO], "broken")],
+)
+def test_the_script_refuses_what_is_not_whole(hub, saved, tmp_path, monkeypatch, capsys, arguments, said):
+    main = __import__("runpy").run_path(str(SCRIPT))["main"]
+    tiny_model("bert", vocab_size=320).save_pretrained(tmp_path / "bare")
+    _, folder = saved("bert", name="broken")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert REPO not in hub.repositories
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["/refs", "/preupload/", "PUT /lfs/", "/commit/"])
+def test_a_killed_push_can_be_done_again(hub, saved, far, moment, monkeypatch):
+    model, folder = saved("bert")
+    model.push_to_hub(REPO, source=folder)
+    main = hub.repositories[REPO].branches["main"]
+    route, processes = hub._route, []
+
+    def kill(method, path, headers, body):
+        if moment in f"{method} {path}" and processes:
+            processes.pop().send_signal(signal.SIGKILL)
+            raise ConnectionAbortedError
+        return route(method, path, headers, body)
+
+    monkeypatch.setattr(hub, "_route", kill)
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight += 1
+    model.save_pretrained(folder)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(folder), REPO], env={**__import__("os").environ, **environment}
+    )
+    processes.append(process)
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert hub.repositories[REPO].branches["main"] == main
+    monkeypatch.setattr(hub, "_route", route)
+    assert far(SCRIPT, folder, REPO, token=TOKEN).returncode == 0
+    assert torch.equal(
+        AutoModelForMaskedLM.from_pretrained(REPO).get_input_embeddings().weight, model.get_input_embeddings().weight
+    )
+
+
+@pytest.mark.slow
+def test_the_token_is_nowhere_to_be_found(hub, far, saved, tmp_path):
+    _, folder = saved("bert")
+    done = far(SCRIPT, folder, REPO, token=TOKEN, HF_DEBUG="1")
+    assert done.returncode == 0, done.stderr
+    with hub.fault("POST .*/commit/", 403):
+        refused = far(SCRIPT, folder, REPO, token=TOKEN)
+    assert refused.returncode == 2
+    assert "push_to_hub.py: the push to somebody/model failed" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    for process in (done, refused):
+        assert TOKEN not in process.stdout + process.stderr
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_the_card_says_what_the_model_is(hub, saved):
+    model, folder = saved("bert", attention_scheme="shared", depth_sharing="masa", num_atoms=1)
+    model.push_to_hub(REPO, source=folder)
+    card = hub.repositories[REPO].files()["README.md"].decode()
+    _, head, text = card.split("---\n", 2)
+    data = yaml.safe_load(head)
+    assert data["pipeline_tag"] == "fill-mask"
+    assert data["library_name"] == "transformers"
+    assert {"shared_bert", "shared", "masa"} <= set(data["tags"])
+    (entry,) = data["model-index"]
+    metrics = {metric["type"]: metric["value"] for result in entry["results"] for metric in result["metrics"]}
+    assert metrics == {"loss": 2.5, "accuracy": 0.25}
+    standard = shared_bert.SharedBertForMaskedLM(model.config.with_attention())
+    assert f"| whole model | {model.num_parameters():,} | {standard.num_parameters():,} |" in text
+    for section in ("Intended use", "What is shared", "Data and budget", "Results", "Limits", "How to load it"):
+        assert f"## {section}" in text
+    assert f'AutoModelForMaskedLM.from_pretrained("{REPO}")' in text
+    assert f'AutoModelForMaskedLM.from_pretrained("{REPO}", trust_remote_code=True)' in text
+
+
+@pytest.mark.parametrize("cls", [*shared_bert.conversion.stock.STOCK_CLASSES])
+def test_every_class_has_a_card(hub, cls):
+    kind = "bert" if cls.config_class is shared_bert.SharedBertConfig else "gpt"
+    tiny_model(kind, cls).push_to_hub(REPO)
+    files = hub.repositories[REPO].files()
+    auto = next(auto for auto, name in cls.config_class.auto_classes.items() if name == cls.__name__)
+    assert f"{auto}.from_pretrained(" in files["README.md"].decode()
+    assert json.loads(files["config.json"])["auto_map"][auto].endswith(f".{cls.__name__}")
