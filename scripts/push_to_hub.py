@@ -11,12 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from shared_bert.command_line import reports_user_errors
 from shared_bert.conversion.folders import load_model
 from shared_bert.conversion.stock import STOCK_CLASSES
 from shared_bert.data import load_tokenizer
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="the folder of a run, a checkpoint or a saved model of this package")
     parser.add_argument("repo", help="the repository, USER/NAME; it is made if it is not there")
@@ -24,26 +25,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--revision", help="the branch to push to; it is made if it is not there (default: main)")
     parser.add_argument("--tag", help="a tag for the commit")
     parser.add_argument("--as-stock", action="store_true", help="push it as plain BERT or GPT-2, without code")
-    parsed = parser.parse_args(arguments)
-    try:
-        if not Path(parsed.checkpoint).is_dir():
-            raise ValueError(f"{parsed.checkpoint} is no folder: name a run, a checkpoint or a saved model")
-        model = load_model(parsed.checkpoint, STOCK_CLASSES)
-        load_tokenizer(parsed.checkpoint)  # there must be one
-        commit = model.push_to_hub(
-            parsed.repo,
-            private=parsed.private,
-            revision=parsed.revision,
-            tag=parsed.tag,
-            source=parsed.checkpoint,
-            as_stock=parsed.as_stock,
-        )
-    except (ValueError, OSError) as error:
-        print("push_to_hub.py: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    return parser.parse_args(arguments)
+
+
+@reports_user_errors
+def main(arguments: list[str]):
+    parsed = parse(arguments)
+    if not Path(parsed.checkpoint).is_dir():
+        raise ValueError(f"{parsed.checkpoint} is no folder: name a run, a checkpoint or a saved model")
+    model = load_model(parsed.checkpoint, STOCK_CLASSES)
+    load_tokenizer(parsed.checkpoint)  # there must be one
+    commit = model.push_to_hub(
+        parsed.repo,
+        private=parsed.private,
+        revision=parsed.revision,
+        tag=parsed.tag,
+        source=parsed.checkpoint,
+        as_stock=parsed.as_stock,
+    )
     print(f"pushed to {commit.repo_url}: {commit.oid}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

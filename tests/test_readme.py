@@ -74,6 +74,14 @@ def test_options_of_conversions_are_valid():
         parse(shlex.split(command)[2:])
 
 
+def test_options_of_pushes_are_valid():
+    parse = runpy.run_path(str(ROOT / "scripts" / "push_to_hub.py"))["parse"]
+    commands = [line for block in blocks("bash") for line in block.splitlines() if "scripts/push_to_hub.py" in line]
+    assert len(commands) > 2
+    for command in commands:
+        parse(shlex.split(command)[2:])
+
+
 def test_the_counting_command_runs():
     (command,) = (line for block in blocks("bash") for line in block.splitlines() if "count_parameters" in line)
     run = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)

@@ -68,17 +68,18 @@ class VocabularyLogits(torch.autograd.Function):
 
 def linear_cross_entropy(
     hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    head: nn.Module,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy, in nats, of `hidden_states @ weight.T + bias` against `labels`, in float32.
+    """Cross-entropy, in nats, of `head(hidden_states)` against `labels`, in float32.
 
-    It takes the head's parameters, not the module: hooks and adapters on the head do not see it.
+    Of a plain `nn.Linear` the parameters are taken, so hooks on it do not see the call. What stands in its place (an
+    adapter, say) is called.
 
     Args:
-        hidden_states: [rows, hidden]; weight: [vocabulary, hidden]; bias: [vocabulary].
+        hidden_states: [rows, hidden].
+        head: gives [rows, vocabulary].
         labels: [rows]; -100 is ignored.
         num_items_in_batch: what the sum is divided by (Trainer gives the predictions of all accumulated
             batches); None divides by the predictions in `labels`.
@@ -88,10 +89,11 @@ def linear_cross_entropy(
     """
 
     def total(hidden_states, labels):
-        logits = VocabularyLogits.apply(hidden_states, weight, bias).float()
-        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        is_plain = type(head) is nn.Linear
+        logits = VocabularyLogits.apply(hidden_states, head.weight, head.bias) if is_plain else head(hidden_states)
+        return nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
-    pieces = -(-labels.numel() * weight.shape[0] // MAX_LOGITS)
+    pieces = -(-labels.numel() * head.weight.shape[0] // MAX_LOGITS)
     if pieces <= 1:
         loss = total(hidden_states, labels)
     else:

@@ -263,8 +263,7 @@ class SharedBertForMaskedLM(SharedBertPreTrainedModel):
             head = self.cls.predictions
             loss = linear_cross_entropy(
                 head.transform(rows),
-                head.decoder.weight,
-                head.decoder.bias,
+                head.decoder,
                 targets,
                 kwargs.get("num_items_in_batch"),
             )

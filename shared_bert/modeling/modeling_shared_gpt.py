@@ -265,8 +265,7 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
                 rows, targets = hidden_states, kwargs["shift_labels"]
             loss = linear_cross_entropy(
                 rows.flatten(0, 1),
-                self.lm_head.weight,
-                None,
+                self.lm_head,
                 targets.flatten(),
                 kwargs.get("num_items_in_batch"),
             )

@@ -29,7 +29,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shared
 
 
 def _run(*command: str):
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300)
 
 
 def _clone(into: Path):
@@ -41,17 +42,17 @@ def _clone(into: Path):
 
 def _download(into: Path):
     """Brings `tests` as the source distribution has it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        wanted = f"transformers=={transformers.__version__}"
-        options = ("--quiet", "--no-deps", "--no-binary=transformers", "--retries=1", f"--dest={scratch}")
-        _run(sys.executable, "-m", "pip", "download", *options, wanted)
-        (archive,) = Path(scratch).glob("*.tar.gz")
-        with tarfile.open(archive) as tar:
-            members = [member for member in tar if member.name.split("/")[1:2] == ["tests"]]
-            tar.extractall(scratch, members, filter="data")
-        (unpacked,) = Path(scratch).glob("*/tests")
-        into.mkdir()
-        unpacked.rename(into / "tests")
+    options = ("--quiet", "--no-deps", "--no-binary=transformers", "--retries=1", f"--dest={into.parent}")
+    _run(sys.executable, "-m", "pip", "download", *options, f"transformers=={transformers.__version__}")
+    (archive,) = into.parent.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            member.name = member.name.partition("/")[2]
+            if member.name.startswith("tests/"):
+                tar.extract(member, into, filter="data")
+
+
+WAYS = {"git": _clone, "pip": _download}
 
 
 def fetch() -> Path:
@@ -65,13 +66,13 @@ def fetch() -> Path:
         return folder
     CACHE.mkdir(parents=True, exist_ok=True)
     failures = []
-    for bring in (_clone, _download):
+    for way, bring in WAYS.items():
         # A half-brought folder never has the final name, and of two processes the first one's is kept.
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             try:
                 bring(Path(scratch) / "source")
             except (OSError, subprocess.SubprocessError) as error:
-                failures.append(f"{bring.__name__[1:]}: {getattr(error, 'stderr', None) or error}")
+                failures.append(f"{way}: {(getattr(error, 'stderr', None) or str(error)).strip()}")
                 continue
             with contextlib.suppress(OSError):
                 (Path(scratch) / "source").rename(folder)

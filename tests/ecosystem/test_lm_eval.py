@@ -38,7 +38,7 @@ def test_log_likelihoods_of_a_task(name, save, tmp_path):
     task = {
         "task": "animals",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path / "cache")},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",

@@ -93,6 +93,29 @@ def test_a_new_head_is_trained_and_saved_in_full(padded_batch, tmp_path):
     torch.testing.assert_close(logits(loaded, padded_batch), logits(model, padded_batch))
 
 
+@pytest.mark.parametrize("way", ["target_modules", "modules_to_save"])
+def test_the_loss_sees_what_is_done_to_the_vocabulary_head(kind, way, input_ids):
+    """In training the logits are not given, and the loss is made without a call of the plain head."""
+    head = {"bert": "decoder", "gpt": "lm_head"}[kind]
+    options = (
+        {"target_modules": ["projection", head]}
+        if way == "target_modules"
+        else {
+            "target_modules": ["projection"],
+            "modules_to_save": [head],
+        }
+    )
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **options)
+    model = peft.get_peft_model(random_model(kind), config).train()
+    loss = model(input_ids=input_ids, labels=input_ids).loss
+    logits, labels = model(input_ids=input_ids).logits, input_ids
+    if kind == "gpt":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    loss.backward()
+    assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_embeddings_stay_tied(kind):
     merged = adapt(random_model(kind), ATTENTION["shared"]).merge_and_unload()
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight

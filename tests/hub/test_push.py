@@ -1,6 +1,8 @@
 """What is pushed can be loaded by anybody, and a push that fails changes nothing."""
 
 import json
+import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -236,7 +238,7 @@ def test_what_is_refused_before_an_upload(hub, saved, options, said):
     [(["nowhere", REPO], "nowhere"), (["bare", REPO], "no tokenizer"), (["broken", REPO], "broken")],
 )
 def test_the_script_refuses_what_is_not_whole(hub, saved, tmp_path, monkeypatch, capsys, arguments, said):
-    main = __import__("runpy").run_path(str(SCRIPT))["main"]
+    main = runpy.run_path(str(SCRIPT))["main"]
     tiny_model("bert", vocab_size=320).save_pretrained(tmp_path / "bare")
     _, folder = saved("bert", name="broken")
     weights = folder / "model.safetensors"
@@ -266,9 +268,7 @@ def test_a_killed_push_can_be_done_again(hub, saved, far, moment, monkeypatch):
         model.bert.embeddings.word_embeddings.weight += 1
     model.save_pretrained(folder)
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(folder), REPO], env={**__import__("os").environ, **environment}
-    )
+    process = subprocess.Popen([sys.executable, str(SCRIPT), str(folder), REPO], env={**os.environ, **environment})
     processes.append(process)
     assert process.wait(timeout=120) == -signal.SIGKILL
     assert hub.repositories[REPO].branches["main"] == main

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 
 from shared_bert.modeling import losses
 from tests.conftest import tiny_model
@@ -49,16 +49,24 @@ def test_accumulated_batches_share_one_mean(kind, input_ids, labels):
     torch.testing.assert_close(sum(halves), whole)
 
 
+class Doubled(torch.nn.Linear):
+    """Stands for an adapter: the parameters alone do not say what it does."""
+
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_pieces_make_the_whole(monkeypatch, with_bias):
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator, requires_grad=True) for shape in ((23, 8), (31, 8), (31,))]
-    hidden, weight, bias = tensors if with_bias else (*tensors[:2], None)
-    labels = torch.randint(31, (23,), generator=generator).masked_fill(torch.arange(23) % 3 == 0, -100)
-    inputs = tensors if with_bias else tensors[:2]
-    expected = cross_entropy(linear(hidden, weight, bias), labels)
+@pytest.mark.parametrize("head_class", [torch.nn.Linear, Doubled])
+def test_pieces_make_the_whole(monkeypatch, head_class, with_bias):
+    torch.manual_seed(0)
+    head = head_class(8, 31, bias=with_bias)
+    hidden = torch.randn(23, 8, requires_grad=True)
+    labels = torch.randint(31, (23,)).masked_fill(torch.arange(23) % 3 == 0, -100)
+    inputs = [hidden, *head.parameters()]
+    expected = cross_entropy(head(hidden), labels)
     monkeypatch.setattr(losses, "MAX_LOGITS", 31 * 5)
-    got = losses.linear_cross_entropy(hidden, weight, bias, labels)
+    got = losses.linear_cross_entropy(hidden, head, labels)
     torch.testing.assert_close(got, expected)
     pairs = zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True)
     for got_gradient, expected_gradient in pairs:

@@ -127,6 +127,17 @@ def test_trainer_knows_which_labels_to_shift():
     assert "SharedBertForMaskedLM" in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_shifted_labels_take_the_place_of_labels(training, input_ids):
+    """Training that splits sequences over devices shifts labels before it does, as a part ends too early to."""
+    model = tiny_model("gpt").train(training)
+    following = torch.randint(3, 99, input_ids.shape)
+    following[0, :4] = -100
+    loss = model(input_ids, labels=input_ids, shift_labels=following).loss
+    expected = torch.nn.functional.cross_entropy(model(input_ids).logits.flatten(0, 1), following.flatten())
+    torch.testing.assert_close(loss, expected)
+
+
 def test_a_classifier_goes_on_from_a_cache(input_ids):
     model = tiny_model("gpt", shared_bert.SharedGptForSequenceClassification)
     mask = torch.ones_like(input_ids)
