@@ -132,6 +132,6 @@ def publish(unfinished: Path, folder: Path):
     config = unfinished / CONFIG_NAME
     for path in [*(path for path in unfinished.rglob("*") if path.is_file() and path != config), config]:
         target = folder / path.relative_to(unfinished)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
     shutil.rmtree(unfinished)

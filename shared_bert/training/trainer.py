@@ -107,12 +107,12 @@ class PretrainingTrainer(Trainer):
 
     def _check_finite(self, with_weights: bool = False):
         """Raises the FloatingPointError of all processes, whichever of them had the loss."""
-        step, device = self.state.global_step, self.args.device
+        device = self.args.device
         bad_steps = [self._first_bad_step, torch.tensor(NEVER, device=device)]
         if with_weights:
             parameters = (p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters())
             finite = torch.stack([parameter.isfinite().all().to(device) for parameter in parameters]).all()
-            bad_steps[1] = torch.where(finite, bad_steps[1], step)
+            bad_steps[1] = torch.where(finite, bad_steps[1], self.state.global_step)
         of_all = self.accelerator.gather(torch.stack(bad_steps).unsqueeze(0))
         of_loss, of_weights = of_all.amin(0).tolist()
         first = min(of_loss, of_weights)
@@ -123,7 +123,8 @@ class PretrainingTrainer(Trainer):
                 f"(learning rate {rate:.3g}); {self._last_good_checkpoint()}. Start from its weights, or anew, with a "
                 "lower learning_rate, more warmup_steps or a lower max_grad_norm"
             )
-        self._learning_rates = {step: self._learning_rates.get(step)}
+        last = self.state.global_step
+        self._learning_rates = {step: rate for step, rate in self._learning_rates.items() if step == last}
 
     def _last_good_checkpoint(self) -> str:
         try:

@@ -1,6 +1,7 @@
 """kill -9 at any moment: what is whole is right, and the run that goes on ends as if nothing had happened."""
 
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def check_what_is_whole(output: Path, undisturbed: Path):
 
 
 def kill_again_and_again(job, arguments, output: Path, undisturbed: Path, kills: int, **places):
-    """Kills a job `kills` times, on its way to the end and beginning anew behind it, and lets it end."""
+    """Kills a job `kills` times, each time it goes on, anew where it came to its end, and lets it end at last."""
     cache = places["cache"].with_name("whole_cache")
     status, number_of_events = run_job(job, *arguments(undisturbed), **places | {"cache": cache})
     assert status == 0, places["log"].read_text()
@@ -52,8 +53,12 @@ def kill_again_and_again(job, arguments, output: Path, undisturbed: Path, kills:
         status, _ = run_job(job, *arguments(output), kill_at=kill_at, **places)
         print(f"seed {SEED}: {job.__name__}, event {kill_at} of {number_of_events}, status {status}")
         assert status in (0, -signal.SIGKILL), places["log"].read_text()[-3000:]
-        kills -= status != 0
         check_what_is_whole(output, undisturbed)
+        if status == 0:
+            assert_same(output, undisturbed)
+            shutil.rmtree(output)
+        else:
+            kills -= 1
     status, _ = run_job(job, *arguments(output), **places)
     assert status == 0, places["log"].read_text()[-3000:]
     check_what_is_whole(output, undisturbed)
