@@ -55,7 +55,7 @@ def model_card(
         as_stock: the model is pushed as the stock model that `to_stock` makes of it.
         tags: besides the package's own.
     """
-    head = next(name for name in _HEADS if model_class.__name__.endswith(name))
+    head = next((name for name in _HEADS if model_class.__name__.endswith(name)), "Model")
     task, auto, use = _HEADS[head]
     stock = STOCK_CLASSES.get(model_class)
     run = _Run(run_folder)

@@ -4,7 +4,6 @@ huggingface_hub's `upload_folder` may spread a folder over several commits, and 
 `training_args.bin`, a pickle; `create_commit` is what is used here.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .. import modeling
 from ..conversion.folders import copy_tokenizer
@@ -67,6 +66,7 @@ def push_to_hub(
         PushError: the Hub refused or could not be reached. It is as it was before, or else the error says so.
     """
     source = Path(source or model.name_or_path or ".unknown")
+    repo_id = full_name(repo_id, token)
     with _staged(model, source, repo_id, revision, tags, as_stock, max_shard_size) as folder:
         return upload(
             folder,
@@ -92,6 +92,25 @@ def _staged(model, source, repo_id, revision, tags, as_stock, max_shard_size) ->
         yield folder
 
 
+def full_name(repo_id: str, token: bool | str | None = None) -> str:
+    """Puts the user's name before a repository's, if nobody's stands there.
+
+    Raises:
+        ValueError: a name that is not valid.
+        PushError: the Hub does not say whose token it is.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository: {error}") from error
+    if "/" in repo_id:
+        return repo_id
+    try:
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+    except Exception as error:
+        raise PushError(f"the push to {repo_id} failed ({error}); nothing was uploaded") from error
+
+
 def stage_checkpoint(checkpoint: str | Path, folder: str | Path, repo_id: str, revision: str | None = None):
     """Copies into `folder` what a push of a checkpoint takes, as it was saved, and writes the card."""
     for path in (path for pattern in _WEIGHTS for path in Path(checkpoint).glob(pattern)):
@@ -102,9 +121,9 @@ def stage_checkpoint(checkpoint: str | Path, folder: str | Path, repo_id: str, r
 
 def write_card(saved: str | Path, folder: str | Path, repo_id: str, revision: str | None = None):
     """Writes the card of a model that was saved, or of a checkpoint, into `folder`."""
-    fields = json.loads(Path(saved, "config.json").read_text(encoding="utf-8"))
-    model_class = getattr(modeling, fields["architectures"][0])
-    config: PreTrainedConfig = model_class.config_class.from_pretrained(saved)
+    config = AutoConfig.from_pretrained(saved, trust_remote_code=False)
+    # A class of the user's own is described as the model that it is built on.
+    model_class = getattr(modeling, config.architectures[0], getattr(modeling, config.auto_classes["AutoModel"]))
     model_card(model_class, config, repo_id, saved, revision).save(Path(folder, "README.md"))
 
 
@@ -134,14 +153,10 @@ def upload(
     Raises:
         ValueError, PushError: as of `push_to_hub`.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository: {error}") from error
     api = HfApi(token=token)
     before = None
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.create_repo(repo_id, private=private, exist_ok=True)
         refs = api.list_repo_refs(repo_id)
         taken = tag is not None and tag in [ref.name for ref in refs.tags]
         if not taken:

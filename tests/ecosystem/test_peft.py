@@ -116,6 +116,19 @@ def test_the_loss_sees_what_is_done_to_the_vocabulary_head(kind, way, input_ids)
     assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.parametrize("name", ["standard", "shared", "masa"])
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompts_and_prefixes_get_gradients_and_generate(name, method, input_ids):
+    config = getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(random_model("gpt", **ATTENTION[name]), config)
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    model(**batch, labels=input_ids).loss.backward()
+    (trained,) = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert trained.grad.all()
+    written = model.eval().generate(**batch, max_new_tokens=1, do_sample=False)
+    assert torch.equal(written[:, -1], logits(model, batch)[:, -1].argmax(-1))
+
+
 def test_embeddings_stay_tied(kind):
     merged = adapt(random_model(kind), ATTENTION["shared"]).merge_and_unload()
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight

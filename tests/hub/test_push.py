@@ -20,6 +20,7 @@ from ..conftest import tiny_model
 from ..far_side import WITHOUT_PACKAGE
 from .conftest import ROOT
 from .hub_double import CUT, TOKEN
+from .own_model import OwnModel
 
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
 REPO = "somebody/model"
@@ -125,6 +126,22 @@ def test_what_is_pushed(hub, saved):
     assert set(json.loads(files["config.json"])["auto_map"]) == {"AutoConfig", *model.config.auto_classes}
     for name, tensor in load(files["model.safetensors"]).items():
         assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_without_a_namespace_it_is_the_users(hub, saved):
+    model, _ = saved("bert")
+    assert model.push_to_hub("mine").repo_url.repo_id == "somebody/mine"
+    assert '"somebody/mine"' in hub.repositories["somebody/mine"].files()["README.md"].decode()
+    with hub.fault("whoami", 401), pytest.raises(PushError, match="nothing was uploaded"):
+        model.push_to_hub("mine")
+
+
+def test_a_class_of_ones_own(hub, saved):
+    model, _ = saved("bert", OwnModel)
+    model.push_to_hub(REPO)
+    files = hub.repositories[REPO].files()
+    assert json.loads(files["config.json"])["auto_map"]["AutoModelForMaskedLM"] == "own_model.OwnModel"
+    assert {"own_model.py", "README.md"} <= set(files)
 
 
 def test_revisions_leave_main_alone(hub, saved):
