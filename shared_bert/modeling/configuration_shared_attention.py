@@ -223,10 +223,11 @@ class SharedAttentionConfig(PreTrainedConfig):
         stated = {name: value for name, value in config_dict.items() if name not in _CALLERS_CHOICE}
         return super().from_dict({**stated, **given}, **kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Gives what is saved: `num_key_value_heads` only where queries are grouped, so that it follows the heads."""
+        values = super().to_diff_dict()
         if self.num_key_value_heads == self.num_attention_heads:
-            values["num_key_value_heads"] = None  # with another number of heads this is no grouping
+            values.pop("num_key_value_heads", None)
         return values
 
     def save_pretrained(self, save_directory, **kwargs):
