@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 # What goes with a model unchanged: its tokenizer's files, and how sentence-transformers pools its hidden states.
-_COPIED = (
+TOKENIZER_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "chat_template*", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
     "[0-9]_*/*",
@@ -52,8 +52,8 @@ def copy_tokenizer(name_or_path: str, folder: Path):
     """Copies the tokenizer's files of a model into `folder`, as they are; none where it has none."""
     source = Path(name_or_path)
     if not source.is_dir():
-        source = Path(snapshot_download(name_or_path, allow_patterns=list(_COPIED)))
-    for path in (path for pattern in _COPIED for path in source.glob(pattern) if path.is_file()):
+        source = Path(snapshot_download(name_or_path, allow_patterns=list(TOKENIZER_FILES)))
+    for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)

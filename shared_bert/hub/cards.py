@@ -1,6 +1,8 @@
 """Model cards: what a checkpoint is, what it saves, what it was trained on and how it did, from its own files."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,14 @@ _DEPTH = {
 }
 
 
+# Endings of what `Trainer` reports besides results.
+_NO_RESULTS = ("_time", "_runtime", "_samples", "_per_second")
+_RESULT_NAMES = {
+    ("pre-training", "loss"): "loss (nats per predicted token)",
+    ("healing", "loss"): "distance from the original (see `HealingTrainer`)",
+}
+
+
 def model_card(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
@@ -44,30 +54,35 @@ def model_card(
     run_folder: str | Path | None = None,
     revision: str | None = None,
     as_stock: bool = False,
+    has_tokenizer: bool = True,
     tags: list[str] | None = None,
 ) -> ModelCard:
     """Writes the card of a model of this package.
 
     Args:
-        model_class: one of `STOCK_CLASSES`; else the card says nothing of what is saved.
+        model_class: one of `STOCK_CLASSES`, or a class built on one, which the card then describes.
         run_folder: the folder of the run or checkpoint, whose files say what it was trained on and how it did.
         revision: the branch that the model is pushed to, for the example code.
         as_stock: the model is pushed as the stock model that `to_stock` makes of it.
+        has_tokenizer: whether a tokenizer is pushed with it.
         tags: besides the package's own.
     """
-    head = next((name for name in _HEADS if model_class.__name__.endswith(name)), "Model")
+    known = next(cls for cls in model_class.__mro__ if cls in STOCK_CLASSES)
+    stock = STOCK_CLASSES[known].__name__
+    head = next(name for name in _HEADS if known.__name__.endswith(name))
     task, auto, use = _HEADS[head]
-    stock = STOCK_CLASSES.get(model_class)
     run = _Run(run_folder)
     name = repo_id.split("/")[-1]
-    results = [EvalResult(task or head, run.data_id, run.data, metric, value) for metric, value in run.results.items()]
+    # What healing minimises is no loss of the task.
+    indexed = {} if run.kind == "healing" else {m: v for m, v in run.results.items() if math.isfinite(v)}
+    results = [EvalResult(task or head, run.data_id, run.data_id, *result) for result in indexed.items()]
+    sharing = [config.depth_sharing] * (config.depth_sharing != "none")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        tags=["shared_bert", config.attention_scheme, *([config.depth_sharing] * (config.depth_sharing != "none"))]
-        + (tags or []),
+        tags=["shared_bert", config.attention_scheme, *sharing, *(tags or [])],
         datasets=[run.dataset] if run.dataset else None,
-        metrics=list(run.results) or None,
+        metrics=list(indexed) or None,
         model_name=name,
         eval_results=results or None,
     )
@@ -76,20 +91,22 @@ def model_card(
         template_path=str(Path(__file__).with_name("card_template.md")),
         mark=MARK,
         name=name,
-        summary=_summary(model_class, config, stock.__name__ if as_stock else None),
+        summary=_summary(model_class, config, stock if as_stock else None),
         sharing=_sharing(config),
-        savings=_savings(model_class, config) if stock else [],
+        savings=_savings(known, config),
         as_stock=as_stock,
-        architecture=stock.__name__ if as_stock else model_class.__name__,
+        is_own_class=known is not model_class,
+        architecture=stock if as_stock else model_class.__name__,
         use=use,
         training=run.training or ["Nothing was recorded with this checkpoint."],
         data=run.data,
-        results=run.results,
+        results={_RESULT_NAMES.get((run.kind, metric), metric): value for metric, value in run.results.items()},
         positions=config.max_position_embeddings,
         auto=auto,
+        has_tokenizer=has_tokenizer,
         repo_id=repo_id,
         at=f', revision="{revision}"' if revision else "",
-        stock=stock.__name__ if stock else "model",
+        stock=stock,
     )
 
 
@@ -111,12 +128,20 @@ def _sharing(config: PreTrainedConfig) -> str:
     )
     besides = "; diagonals scale the channels of each role" * scheme.diagonals
     besides += "; a matrix per head stands between query and key" * scheme.pairwise
+    scale = scheme.scale if config.attention_scale is None else config.attention_scale
+    besides += f"; the logits are scaled by {scale:g}" * (scale != 1)
+    heads = (config.num_key_value_heads, config.num_attention_heads)
+    besides += f"; {heads[0]} heads of key and value serve {heads[1]} of the query" * (heads[0] != heads[1])
     matrices = "query, key, value and output" if config.depth_shared_matrices == "qkvo" else "query, key and value"
     depth = _DEPTH[config.depth_sharing].format(config=config, layers=config.num_hidden_layers, matrices=matrices)
+    if config.depth_sharing not in ("none", "low_rank") and (config.rank or config.layer_ranks):
+        depth += " Each layer adds a matrix of a low rank of its own."
     return f"In each layer {made}{besides}. {depth}"
 
 
 def _savings(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> list[dict[str, Any]]:
+    # The networks that make coefficients while training are replaced by the coefficients.
+    config = type(config).from_dict({**config.to_dict(), "coefficient_source": "direct"})
     with torch.device("meta"):
         own, standard = model_class(config), model_class(config.with_attention())
     counts = {
@@ -129,10 +154,26 @@ def _savings(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> li
     ]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds one mapping.
+
+    Raises:
+        ValueError: naming the file, where it holds anything else or was cut off.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold names and values, not {type(content).__name__}")
+    return content
+
+
 class _Run:
     """What the files of a run, a conversion or a checkpoint say of it; empty where there are none.
 
     Attributes:
+        kind: "pre-training", "healing", or None where it is not known.
         dataset: the data set's name on the Hub, if it has one.
         data_id, data: of what the results are about, for machines and for people.
         training: lines on data and budget.
@@ -140,47 +181,50 @@ class _Run:
     """
 
     def __init__(self, folder: str | Path | None):
-        # A checkpoint lies in the folder of its run, and what was healed beside what was converted.
         at = folder and Path(folder).absolute()
-        self._folders = [at, at.parent, at / "converted"] if at else []
-        run, state = self._read("run.json"), self._read("trainer_state.json", of_run=False)
+        # A checkpoint lies in the folder of its run.
+        of_run = at and (at.parent if at.name.startswith("checkpoint-") else at)
+        run = self._read(of_run, "run.json")
+        run = run if run.keys() >= {"kind", "data", "training", "versions", "tokens_per_step"} else {}
+        state = self._read(at, "trainer_state.json")
+        self.kind = run.get("kind")
         given = run.get("data", {})
         name, file = given.get("dataset_name"), given.get("train_file")
         self.dataset = None if name == "python-docs" else name
         self.data_id = name or "text"
         self.data = f"`{name}`" if name else f"local text (`{Path(file).name}`)" if file else "text that is not named"
         logged = next((log for log in reversed(state.get("log_history", [])) if "eval_loss" in log), {})
-        metrics = self._read("eval_results.json", of_run=False) or logged
-        times = ("runtime", "samples", "samples_per_second", "steps_per_second")
+        metrics = self._read(at, "eval_results.json") or logged
         self.results = {
             metric.removeprefix("eval_"): value
             for metric, value in metrics.items()
-            if metric.startswith("eval_") and isinstance(value, float | int) and metric[5:] not in times
+            if metric.startswith("eval_") and isinstance(value, float | int) and not metric.endswith(_NO_RESULTS)
         }
-        self.training = self._training(run, state)
+        conversion = self._read(at, "conversion.json") or self._read(at and at / "converted", "conversion.json")
+        self.training = [*self._training(run, state), *self._conversion(conversion)]
 
-    def _read(self, name: str, of_run: bool = True) -> dict[str, Any]:
-        for folder in self._folders if of_run else self._folders[:1]:
-            if (folder / name).is_file():
-                return json.loads((folder / name).read_text(encoding="utf-8"))
-        return {}
+    @staticmethod
+    def _read(folder: Path | None, name: str) -> dict[str, Any]:
+        return read_json(folder / name) if folder and (folder / name).is_file() else {}
 
-    def _training(self, run: dict, state: dict) -> list[str]:
-        lines = []
-        if run:
-            lines.append(f"{run['kind'].capitalize()} on {self.data}, in rows of {run['block_size']} tokens.")
-        if run and "global_step" in state:
-            steps = state["global_step"]
-            lines.append(
-                f"{steps:,} steps of {run['tokens_per_step']:,} tokens: {steps * run['tokens_per_step']:,} tokens."
-            )
-        if run:
-            lines.append("Options: " + ", ".join(f"{name}={value}" for name, value in run["training"].items()))
-            lines.append("Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()))
-        if report := self._read("conversion.json").get("report"):
-            lines.append(
+    def _training(self, run: dict, state: dict) -> Iterator[str]:
+        if not run:
+            return
+        yield f"{run['kind'].capitalize()} on {self.data}, in rows of {run['block_size']} tokens."
+        if "global_step" in state:
+            steps, tokens = state["global_step"], run["tokens_per_step"]
+            yield f"{steps:,} steps of {tokens:,} tokens: {steps * tokens:,} tokens."
+        options = {name: run["data"].get(name) for name in ("mlm_probability", "whole_word_mask")} | run["training"]
+        if options["max_steps"] > 0:
+            del options["num_train_epochs"]
+        yield "Options: " + ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
+        yield "Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+
+    @staticmethod
+    def _conversion(conversion: dict) -> Iterator[str]:
+        if report := conversion.get("report"):
+            errors = ", ".join(f"{name} {error:.3f}" for name, error in report["all_errors"].items())
+            yield (
                 f"Converted from a trained model, whose attention had {report['parameters_before']:,} parameters; "
-                f"relative errors on {report['measured_on']}: "
-                + ", ".join(f"{name} {error:.3f}" for name, error in report["all_errors"].items())
+                f"relative errors on {report['measured_on']}: {errors}"
             )
-        return lines

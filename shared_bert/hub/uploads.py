@@ -4,26 +4,29 @@ huggingface_hub's `upload_folder` may spread a folder over several commits, and 
 `training_args.bin`, a pickle; `create_commit` is what is used here.
 """
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import AutoConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling
-from ..conversion.folders import copy_tokenizer
+from ..conversion.folders import TOKENIZER_FILES, copy_tokenizer
 from ..conversion.stock import to_stock
-from .cards import MARK, model_card
+from .cards import MARK, model_card, read_json
 
 _CODE = {path.name for path in Path(modeling.__file__).parent.glob("*.py")}
-_WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
-_METRICS = ("*_results.json", "loss_curve.*", "conversion.json")
+_WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+_METRICS = ("*_results.json", "loss_curve.*")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 class PushError(OSError):
@@ -53,21 +56,32 @@ def push_to_hub(
 
     Args:
         tag: a name for the new commit.
-        source: the folder of the run or checkpoint, whose tokenizer and metrics go along; by default the one that the
-            model was loaded from, if any.
+        source: the folder of the run or checkpoint that the model is from, unchanged: its metrics go along, and are on
+            the card. Without it the model has no results, but the tokenizer of where it was loaded from, if any.
         as_stock: push what `to_stock` makes of the model, which needs no code.
 
     Returns:
         The commit.
 
     Raises:
-        ValueError: a name that is not valid, a tag that is taken, a model that has no stock counterpart; before
-            anything is uploaded.
+        ValueError: a name that is not valid, a tag that is taken, a public repository where a private one is wanted,
+            a damaged file of metrics, a model that has no stock counterpart; before anything is uploaded.
         PushError: the Hub refused or could not be reached. It is as it was before, or else the error says so.
     """
-    source = Path(source or model.name_or_path or ".unknown")
     repo_id = full_name(repo_id, token)
-    with _staged(model, source, repo_id, revision, tags, as_stock, max_shard_size) as folder:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        with _preparing(repo_id):
+            (to_stock(model) if as_stock else model).save_pretrained(folder, max_shard_size=max_shard_size)
+            if not as_stock:
+                _add_code(model.config, folder)
+            _add_tokenizer(source or model.name_or_path, folder)
+            _add_metrics(source, folder)
+            tags = [*([tags] if isinstance(tags, str) else tags or []), *(model.model_tags or [])]
+            card = model_card(
+                type(model), model.config, repo_id, source, revision, as_stock, _has_tokenizer(folder), tags
+            )
+            card.save(folder / "README.md")
         return upload(
             folder,
             repo_id,
@@ -82,14 +96,11 @@ def push_to_hub(
 
 
 @contextmanager
-def _staged(model, source, repo_id, revision, tags, as_stock, max_shard_size) -> Iterator[Path]:
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        (to_stock(model) if as_stock else model).save_pretrained(folder, max_shard_size=max_shard_size)
-        _add_run(source, folder)
-        card = model_card(type(model), model.config, repo_id, source, revision, as_stock, tags)
-        card.save(folder / "README.md")
-        yield folder
+def _preparing(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is reported as any of them
+        raise PushError(f"the push to {repo_id} could not be prepared ({error}); nothing was uploaded") from error
 
 
 def full_name(repo_id: str, token: bool | str | None = None) -> str:
@@ -111,12 +122,30 @@ def full_name(repo_id: str, token: bool | str | None = None) -> str:
         raise PushError(f"the push to {repo_id} failed ({error}); nothing was uploaded") from error
 
 
-def stage_checkpoint(checkpoint: str | Path, folder: str | Path, repo_id: str, revision: str | None = None):
-    """Copies into `folder` what a push of a checkpoint takes, as it was saved, and writes the card."""
-    for path in (path for pattern in _WEIGHTS for path in Path(checkpoint).glob(pattern)):
-        shutil.copy(path, folder)
-    _add_run(Path(checkpoint), Path(folder))
-    write_card(checkpoint, folder, repo_id, revision)
+def stage_checkpoint(
+    checkpoint: str | Path, folder: str | Path, repo_id: str, revision: str | None = None, to_resume: bool = False
+):
+    """Copies into `folder` what a push of a checkpoint takes, as it was saved, and writes the card.
+
+    Args:
+        to_resume: take the state of the optimizer and the like too, as `last-checkpoint/`.
+
+    Raises:
+        ValueError: a damaged file of metrics.
+        PushError: there is no room for it.
+    """
+    checkpoint, folder = Path(checkpoint), Path(folder)
+    with _preparing(repo_id):
+        for path in (path for pattern in (*_WEIGHTS, "*.py") for path in checkpoint.glob(pattern)):
+            shutil.copy(path, folder)
+        _add_code(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), folder)
+        _add_tokenizer(checkpoint, folder)
+        _add_metrics(checkpoint, folder)
+        write_card(checkpoint, folder, repo_id, revision)
+        if to_resume:
+            # It may hold a token, and nothing needs it.
+            left_out = shutil.ignore_patterns("training_args.bin")
+            shutil.copytree(checkpoint, folder / "last-checkpoint", ignore=left_out)
 
 
 def write_card(saved: str | Path, folder: str | Path, repo_id: str, revision: str | None = None):
@@ -124,14 +153,34 @@ def write_card(saved: str | Path, folder: str | Path, repo_id: str, revision: st
     config = AutoConfig.from_pretrained(saved, trust_remote_code=False)
     # A class of the user's own is described as the model that it is built on.
     model_class = getattr(modeling, config.architectures[0], getattr(modeling, config.auto_classes["AutoModel"]))
-    model_card(model_class, config, repo_id, saved, revision).save(Path(folder, "README.md"))
+    card = model_card(model_class, config, repo_id, saved, revision, has_tokenizer=_has_tokenizer(Path(saved)))
+    card.save(Path(folder, "README.md"))
 
 
-def _add_run(source: Path, folder: Path):
-    if source.is_dir():
-        copy_tokenizer(str(source), folder)
-        for path in (path for pattern in _METRICS for path in source.glob(pattern)):
-            shutil.copy(path, folder)
+def _add_code(config: PreTrainedConfig, folder: Path):
+    # Saving does so for classes of this package, but not for others that are built on them.
+    file = Path(modeling.__file__).with_name(f"modeling_{config.model_type}.py")
+    for path in (file, *get_relative_import_files(file)):
+        shutil.copy(path, folder)
+
+
+def _add_tokenizer(source: str | Path, folder: Path):
+    try:
+        if str(source):
+            copy_tokenizer(str(source), folder)
+    except (HFValidationError, HfHubHTTPError, FileNotFoundError):
+        return  # where the model was loaded from is gone, or has no name of a repository
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").exists()
+
+
+def _add_metrics(source: str | Path | None, folder: Path):
+    for path in (path for pattern in _METRICS for path in (Path(source).glob(pattern) if source else ())):
+        if path.suffix == ".json":
+            read_json(path)
+        shutil.copy(path, folder)
 
 
 def upload(
@@ -146,7 +195,7 @@ def upload(
     create_pr: bool = False,
     tag: str | None = None,
 ) -> CommitInfo:
-    """Commits the files of a folder, and deletes weights and code of an earlier push that it does not hold.
+    """Commits the files of a folder, and deletes what an earlier push left of their kinds.
 
     The repository and the branch are made where they are missing. A card that was not written by this package stays.
 
@@ -158,8 +207,12 @@ def upload(
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         refs = api.list_repo_refs(repo_id)
-        taken = tag is not None and tag in [ref.name for ref in refs.tags]
-        if not taken:
+        refused = None
+        if tag is not None and tag in [ref.name for ref in refs.tags]:
+            refused = f"has a tag {tag!r} already: name another"
+        elif private and not api.model_info(repo_id).private:
+            refused = "is there already, and public: make it private in its settings, or name another"
+        if refused is None:
             if revision not in (None, *(ref.name for ref in refs.branches)):
                 api.create_branch(repo_id, branch=revision)
             before = api.model_info(repo_id, revision=revision).sha
@@ -177,7 +230,7 @@ def upload(
             return commit
     except Exception as error:  # whatever the client meets, the user must know what the Hub holds now
         raise PushError(_what_happened(api, repo_id, revision, before, error)) from error
-    raise ValueError(f"{repo_id} has a tag {tag!r} already: name another")
+    raise ValueError(f"{repo_id} {refused}")
 
 
 def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None):
@@ -186,11 +239,15 @@ def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None):
     there = set(api.list_repo_files(repo_id, revision=revision))
     if "README.md" in there and not _is_ours(api, repo_id, revision):
         added.pop("README.md", None)
-    # An earlier push may have left code, or shards of weights, that are not part of this one.
-    stale = [name for name in there - added.keys() if name in _CODE or re.fullmatch(r"[^/]+\.safetensors.*", name)]
-    return [CommitOperationAdd(name, path) for name, path in added.items()] + [
-        CommitOperationDelete(name) for name in stale
+    # What an earlier push left of this would be taken for part of the new one.
+    own = (*_WEIGHTS, *_METRICS, *_PICKLES, *(TOKENIZER_FILES if _has_tokenizer(folder) else ()))
+    stale = [
+        name
+        for name in there - added.keys()
+        if name in _CODE or ("/" not in name and any(fnmatch(name, pattern) for pattern in own))
     ]
+    additions = [CommitOperationAdd(name, path) for name, path in added.items()]
+    return additions + [CommitOperationDelete(name) for name in stale]
 
 
 def _is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
@@ -200,7 +257,12 @@ def _is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
 
 def _what_happened(api: HfApi, repo_id: str, revision: str | None, before: str | None, error: Exception) -> str:
     branch = revision or "main"
-    cause = " ".join(str(part) for part in (error, error.__cause__) if part is not None)
+    # An error of an upload says why in its cause only.
+    cause = " ".join(
+        str(error if error.__cause__ is None else error.__cause__).split("For more information")[0].split()
+    )
+    if "401" in cause:
+        cause += "; log in with `hf auth login`, or set HF_TOKEN"
     try:
         now = api.model_info(repo_id, revision=revision).sha
     except RepositoryNotFoundError:
@@ -210,4 +272,4 @@ def _what_happened(api: HfApi, repo_id: str, revision: str | None, before: str |
     else:
         unchanged = f"nothing was committed: {branch} is at {now[:8]}, as before"
         state = unchanged if before in (None, now) else f"{branch} was at {before[:8]} and is at {now[:8]} now"
-    return f"the push to {repo_id} failed ({' '.join(cause.split())}); {state}"
+    return f"the push to {repo_id} failed ({cause}); {state}"

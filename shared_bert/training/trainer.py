@@ -1,6 +1,5 @@
 """`Trainer` with whole checkpoints, exact resumption, and its speed in the log."""
 
-import logging
 import math
 import os
 import shutil
@@ -9,23 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import DistributedType
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
-from transformers.utils import PushInProgress
-from transformers.utils.hub import hf_api
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
-from .. import hub
 from ..conversion.folders import writing
+from ..hub import CheckpointPushes
 from .checkpoints import UNFINISHED, last_checkpoint, publish
 from .models import fix_saved_coefficients
 from .throughput import peak_flops, training_flops_per_token
-
-logger = logging.getLogger(__name__)
 
 NEVER = torch.iinfo(torch.int64).max  # the step at which something happens that does not
 
@@ -45,7 +39,7 @@ def uses_fsdp(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(CheckpointPushes, Trainer):
     """`Trainer` for models of this package.
 
     Weight decay is for tensors of two or more dimensions: matrices and embeddings, not diagonals, biases or norms.
@@ -245,79 +239,5 @@ class PretrainingTrainer(Trainer):
         return str(self._unfinished or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        """Pushes a checkpoint in the background, as Trainer does; but code and card are with it, and no pickles.
-
-        The strategy "all_checkpoints" gives each a branch of its own besides: step-500, step-1000 …
-        """
-        args, step = self.args, self.state.global_step
-        if self._unfinished is not None or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return  # it is still being written; another process pushes; nothing is pushed before the end
-        jobs = [] if self.push_in_progress is None or self.push_in_progress.is_done() else self.push_in_progress.jobs
-        if jobs and not args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        branches = [args.hub_revision]
-        if args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-            branches.append(f"step-{step}")
-        for branch in branches:
-            folder = TemporaryDirectory()  # of its own: the checkpoint may be deleted before its turn comes
-            hub.stage_checkpoint(checkpoint_folder, folder.name, self.hub_model_id, branch)
-            message = f"Training in progress, step {step}"
-            jobs.append(hf_api().run_as_future(_push, folder, self.hub_model_id, message, branch, args.hub_token))
-        if args.hub_strategy == HubStrategy.CHECKPOINT:
-            jobs.append(
-                hf_api().upload_folder(
-                    repo_id=self.hub_model_id,
-                    token=args.hub_token,
-                    folder_path=checkpoint_folder,
-                    path_in_repo="last-checkpoint",
-                    commit_message=f"Training in progress, step {step}, checkpoint",
-                    revision=args.hub_revision,
-                    ignore_patterns=[TRAINING_ARGS_NAME],
-                    run_as_future=True,
-                )
-            )
-        self.push_in_progress = PushInProgress(jobs)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ):
-        """Saves the model and pushes it with its code, tokenizer, metrics and card, in one commit.
-
-        Raises:
-            PushError: the push failed. The model is saved.
-        """
-        token = token or self.args.hub_token
-        revision = revision or self.args.hub_revision
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        folder = TemporaryDirectory()
-        hub.stage_checkpoint(self.args.output_dir, folder.name, self.hub_model_id, revision)
-        push = (folder, self.hub_model_id, commit_message, revision, token)
-        return _push(*push) if blocking else hf_api().run_as_future(_push, *push)
-
-    def create_model_card(self, *args, **kwargs):
-        """Writes the model card of this package, by what the output folder holds."""
-        if self.is_world_process_zero():
-            name = self.hub_model_id or Path(self.args.output_dir).absolute().name
-            hub.write_card(self.args.output_dir, self.args.output_dir, name, self.args.hub_revision)
-
-
-def _push(folder: TemporaryDirectory, repo_id: str, message: str, revision: str | None, token: str | None):
-    with folder:
-        try:
-            return hub.upload(folder.name, repo_id, commit_message=message, revision=revision, token=token)
-        except hub.PushError as error:
-            logger.warning("%s", error)  # in the background nobody else would hear of it
-            raise
+        if self._unfinished is None:  # else it is still being written
+            super()._push_from_checkpoint(checkpoint_folder)

@@ -71,9 +71,11 @@ class HubDouble:
         finally:
             del self.faults[pattern]
 
-    def answer(self, method: str, path: str, headers, body: bytes) -> tuple[int, dict, bytes]:
+    def answer(self, method: str, url: str, headers, body: bytes) -> tuple[int, dict, bytes]:
         """Gives status, headers and body."""
+        path, query = urlparse(url).path, urlparse(url).query
         with self._lock:
+            self._is_pull_request = "create_pr=1" in query
             self.requests.append(f"{method} {path}")
             for pattern, what in self.faults.items():
                 if re.search(pattern, f"{method} {path}"):
@@ -194,8 +196,12 @@ class HubDouble:
                 files[value["path"]] = self.lfs[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
-        oid = repository.commit(revision, files, header["summary"])
-        return _json({"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}"})
+        branch = "refs/pr/1" if self._is_pull_request else revision
+        oid = repository.commit(branch, files, header["summary"])
+        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}"}
+        if self._is_pull_request:
+            answer["pullRequestUrl"] = f"{self.url}/{name}/discussions/1"
+        return _json(answer)
 
     def _tree(self, name, repository, body, revision):
         if repository.resolve(revision) not in repository.commits:
@@ -251,8 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
-            path = urlparse(self.path).path
-            status, headers, content = self.hub.answer(self.command, path, self.headers, body)
+            status, headers, content = self.hub.answer(self.command, self.path, self.headers, body)
         except ConnectionAbortedError:
             self.close_connection = True
             return

@@ -2,19 +2,23 @@
 
 import json
 import os
+import random
+import re
 import runpy
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import shared_bert
-from shared_bert.hub import PushError
+from shared_bert.hub import CheckpointPushes, PushError
 
 from ..conftest import tiny_model
 from ..far_side import WITHOUT_PACKAGE
@@ -111,7 +115,7 @@ def test_what_is_pushed(hub, saved):
     model, folder = saved("bert", attention_scheme="pairwise")
     (folder / "training_args.bin").write_bytes(b"a pickle")
     model = shared_bert.SharedBertForMaskedLM.from_pretrained(folder)
-    model.push_to_hub(REPO, private=True, tag="v1", commit_message="all of it")
+    model.push_to_hub(REPO, private=True, tag="v1", commit_message="all of it", source=folder)
     repository = hub.repositories[REPO]
     assert repository.private
     assert repository.messages == ["initial commit", "all of it"]
@@ -141,7 +145,11 @@ def test_a_class_of_ones_own(hub, saved):
     model.push_to_hub(REPO)
     files = hub.repositories[REPO].files()
     assert json.loads(files["config.json"])["auto_map"]["AutoModelForMaskedLM"] == "own_model.OwnModel"
-    assert {"own_model.py", "README.md"} <= set(files)
+    # Its own code, and what it and the other names in `auto_map` stand on.
+    assert {"own_model.py", "modeling_shared_bert.py", "attention.py", "README.md"} <= set(files)
+    card = files["README.md"].decode()
+    assert yaml.safe_load(card.split("---\n", 2)[1])["pipeline_tag"] == "fill-mask"
+    assert "`OwnModel` is no class of the package" in card
 
 
 def test_revisions_leave_main_alone(hub, saved):
@@ -156,6 +164,83 @@ def test_revisions_leave_main_alone(hub, saved):
     difference = revisions[1].get_input_embeddings().weight - revisions[0].get_input_embeddings().weight
     torch.testing.assert_close(difference, torch.ones_like(difference))
     assert 'revision="step-500"' in hub.repositories[REPO].files("step-500")["README.md"].decode()
+
+
+def test_a_branch_has_results_of_its_own_only(hub, saved):
+    model, folder = saved("bert")
+    (folder / "loss_curve.json").write_text("{}")
+    model.push_to_hub(REPO, source=folder)
+    assert {"eval_results.json", "loss_curve.json"} <= set(hub.repositories[REPO].files())
+    hub.repositories[REPO].files()["pytorch_model.bin"] = b"of an earlier time"
+    model.push_to_hub(REPO, revision="step-500")
+    files = hub.repositories[REPO].files("step-500")
+    assert not {"eval_results.json", "loss_curve.json", "pytorch_model.bin"} & set(files)
+    assert "None were recorded" in files["README.md"].decode()
+
+
+def test_a_fine_tuned_model_does_not_take_over_results(hub, saved):
+    _, folder = saved("bert")
+    tuned = shared_bert.SharedBertForSequenceClassification.from_pretrained(folder, num_labels=3)
+    tuned.push_to_hub(REPO)
+    files = hub.repositories[REPO].files()
+    assert "model-index" not in files["README.md"].decode()
+    assert "eval_results.json" not in files
+    assert "tokenizer.json" in files
+
+
+def test_the_tokenizer_comes_from_the_hub_as_well(hub, saved, monkeypatch):
+    model, folder = saved("bert")
+    model.push_to_hub(REPO, source=folder)
+    monkeypatch.setattr("shared_bert.conversion.folders.snapshot_download", lambda name, **kwargs: str(folder))
+    again = shared_bert.SharedBertForMaskedLM.from_pretrained(REPO)
+    assert again.name_or_path == REPO
+    again.push_to_hub("somebody/copy")
+    assert "tokenizer.json" in hub.repositories["somebody/copy"].files()
+
+
+def test_without_a_tokenizer_the_card_loads_none(hub):
+    tiny_model("bert").push_to_hub(REPO)
+    card = hub.repositories[REPO].files()["README.md"].decode()
+    assert "AutoTokenizer" not in card
+    assert f'AutoModelForMaskedLM.from_pretrained("{REPO}", trust_remote_code=True)' in card
+
+
+def test_a_pull_request_leaves_main_alone(hub, saved):
+    model, _ = saved("bert")
+    model.push_to_hub(REPO)
+    main = hub.repositories[REPO].branches["main"]
+    commit = model.push_to_hub(REPO, create_pr=True, commit_message="please")
+    assert commit.pr_url.endswith("discussions/1")
+    assert hub.repositories[REPO].branches["main"] == main
+
+
+def test_a_public_repository_does_not_take_what_is_private(hub, saved):
+    model, _ = saved("bert")
+    model.push_to_hub(REPO)
+    with pytest.raises(ValueError, match="somebody/model is there already, and public"):
+        model.push_to_hub(REPO, private=True)
+    assert len(hub.repositories[REPO].messages) == 2
+
+
+@pytest.mark.parametrize("name", ["eval_results.json", "train_results.json", "trainer_state.json", "run.json"])
+@pytest.mark.parametrize("content", ['{"eval_loss": 1', "[1]"])
+def test_damaged_metrics_are_named(hub, saved, name, content):
+    model, folder = saved("bert")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        model.push_to_hub(REPO, source=folder)
+    assert REPO not in hub.repositories
+
+
+def test_a_full_disk(hub, saved, monkeypatch):
+    model, _ = saved("bert")
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(type(model), "save_pretrained", full)
+    with pytest.raises(PushError, match=r"could not be prepared .*No space left.*; nothing was uploaded"):
+        model.push_to_hub(REPO)
 
 
 def test_shards_that_are_no_longer_needed_go(hub, saved):
@@ -267,33 +352,42 @@ def test_the_script_refuses_what_is_not_whole(hub, saved, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["/refs", "/preupload/", "PUT /lfs/", "/commit/"])
-def test_a_killed_push_can_be_done_again(hub, saved, far, moment, monkeypatch):
+def test_a_killed_push_can_be_done_again(hub, saved, far, monkeypatch):
+    """Killed at random requests, a push has changed nothing or all."""
     model, folder = saved("bert")
-    model.push_to_hub(REPO, source=folder)
-    main = hub.repositories[REPO].branches["main"]
-    route, processes = hub._route, []
-
-    def kill(method, path, headers, body):
-        if moment in f"{method} {path}" and processes:
-            processes.pop().send_signal(signal.SIGKILL)
-            raise ConnectionAbortedError
-        return route(method, path, headers, body)
-
-    monkeypatch.setattr(hub, "_route", kill)
-    with torch.no_grad():
-        model.bert.embeddings.word_embeddings.weight += 1
-    model.save_pretrained(folder)
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(folder), REPO], env={**os.environ, **environment})
-    processes.append(process)
-    assert process.wait(timeout=120) == -signal.SIGKILL
-    assert hub.repositories[REPO].branches["main"] == main
-    monkeypatch.setattr(hub, "_route", route)
     assert far(SCRIPT, folder, REPO, token=TOKEN).returncode == 0
-    assert torch.equal(
-        AutoModelForMaskedLM.from_pretrained(REPO).get_input_embeddings().weight, model.get_input_embeddings().weight
-    )
+    hub.requests.clear()
+    assert far(SCRIPT, folder, REPO, token=TOKEN).returncode == 0
+    number_of_requests = len(hub.requests)
+    route = hub._route
+    seed = random.SystemRandom().randrange(2**32)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+    for moment in random.Random(seed).sample(range(number_of_requests), 5):
+        print(f"seed {seed}: killed at request {moment + 1} of {number_of_requests}")
+        before = hub.repositories[REPO].branches["main"]
+        with torch.no_grad():
+            model.bert.embeddings.word_embeddings.weight += 1
+        model.save_pretrained(folder)
+        process = subprocess.Popen([sys.executable, SCRIPT, folder, REPO], env={**os.environ, **environment})
+        until = iter(range(moment))
+
+        def kill(method, path, headers, body, process=process, until=until):
+            answer = route(method, path, headers, body)
+            if next(until, None) is None:
+                process.kill()
+                process.wait()
+                raise ConnectionAbortedError
+            return answer
+
+        monkeypatch.setattr(hub, "_route", kill)
+        assert process.wait(timeout=120) == -signal.SIGKILL
+        monkeypatch.setattr(hub, "_route", route)
+        found = load(hub.repositories[REPO].files()["model.safetensors"])["bert.embeddings.word_embeddings.weight"]
+        is_new = torch.equal(found, model.get_input_embeddings().weight)
+        assert is_new == (hub.repositories[REPO].branches["main"] != before)
+    assert far(SCRIPT, folder, REPO, token=TOKEN).returncode == 0
+    loaded = AutoModelForMaskedLM.from_pretrained(REPO)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
 @pytest.mark.slow
@@ -310,6 +404,36 @@ def test_the_token_is_nowhere_to_be_found(hub, far, saved, tmp_path):
         assert TOKEN not in process.stdout + process.stderr
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_healing_is_no_result(hub, saved):
+    model, folder = saved("bert")
+    record = {
+        "kind": "healing", "data": {"train_file": "/home/me/secret/text.txt"}, "block_size": 32, "tokens_per_step": 64,
+        "training": {"max_steps": 5, "num_train_epochs": 3.0}, "versions": {"torch": "2"},
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "conversion.json").write_text(json.dumps({"model": "/home/me/secret"}))
+    model.push_to_hub(REPO, source=folder)
+    files = hub.repositories[REPO].files()
+    card = files["README.md"].decode()
+    assert "model-index" not in card
+    assert "Healing on local text (`text.txt`)" in card
+    assert "| distance from the original (see `HealingTrainer`) | 2.5 |" in card
+    assert not any(b"secret" in content for content in files.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_the_code_on_the_card_runs(hub, far, saved, kind):
+    model, folder = saved(kind, attention_scheme="unified")
+    model.push_to_hub(REPO, source=folder)
+    with_package, without = re.findall(
+        r"```python\n(.*?)```", hub.repositories[REPO].files()["README.md"].decode(), flags=re.DOTALL
+    )
+    for code in (with_package, WITHOUT_PACKAGE + without):
+        process = far("-c", code + "print(type(model).__name__, type(tokenizer).__name__)")
+        assert process.stdout.split()[-2:] == [type(model).__name__, CLASSES[kind][1]], process.stderr
 
 
 def test_the_card_says_what_the_model_is(hub, saved):
@@ -340,3 +464,22 @@ def test_every_class_has_a_card(hub, cls):
     auto = next(auto for auto, name in cls.config_class.auto_classes.items() if name == cls.__name__)
     assert f"{auto}.from_pretrained(" in files["README.md"].decode()
     assert json.loads(files["config.json"])["auto_map"][auto].endswith(f".{cls.__name__}")
+
+
+def test_a_checkpoint_that_cannot_be_pushed_does_not_stop_training(hub, saved, caplog):
+    class Training(CheckpointPushes):
+        args = SimpleNamespace(hub_strategy="every_save", hub_always_push=False, hub_revision=None, hub_token=None)
+        state = SimpleNamespace(global_step=5)
+        callback_handler = SimpleNamespace(on_push_begin=lambda *arguments: None)
+        control = push_in_progress = None
+        hub_model_id = REPO
+
+        def is_world_process_zero(self):
+            return True
+
+    _, folder = saved("bert")
+    (folder / "trainer_state.json").write_text("{")
+    Training()._push_from_checkpoint(str(folder))
+    assert "saved is not pushed" in caplog.text
+    assert "trainer_state.json is damaged" in caplog.text
+    assert REPO not in hub.repositories

@@ -4,27 +4,31 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from ..conftest import tiny_model
 from ..training.runs import SCRIPT, write_recipe
 from .hub_double import TOKEN
 from .test_push import REPO, load_remotely, logits_of
 
 pytestmark = pytest.mark.slow
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
-# A stock Trainer that pushes its checkpoints.
+# A stock Trainer whose pushes are whole.
 STOCK_TRAINER = """
 import sys, torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 import shared_bert
-from shared_bert.hub import CodeAndCard
+from shared_bert.hub import CheckpointPushes
+
+class PushingTrainer(CheckpointPushes, Trainer):
+    pass
 
 model = shared_bert.SharedBertForMaskedLM.from_pretrained(sys.argv[1])
 rows = [{"input_ids": torch.arange(8) + 5, "labels": torch.arange(8) + 5}] * 8
 options = TrainingArguments("trained", max_steps=2, save_steps=1, push_to_hub=True, hub_model_id=sys.argv[2],
-    hub_always_push=True, use_cpu=True)
-trainer = Trainer(model, options, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(sys.argv[1]),
-    callbacks=[CodeAndCard()])
+    hub_strategy="all_checkpoints", hub_token=sys.argv[3], use_cpu=True)
+trainer = PushingTrainer(model, options, train_dataset=rows,
+    processing_class=AutoTokenizer.from_pretrained(sys.argv[1]))
 trainer.train()
-trainer._finish_current_push()
+trainer.push_to_hub()
 """
 
 
@@ -33,7 +37,7 @@ def trained(hub, far, tmp_path):
     def trained(**changes):
         path = write_recipe(
             tmp_path, max_steps=4, save_steps=2, save_total_limit=1, push_to_hub=True, hub_model_id=REPO,
-            hub_always_push=True, eval_strategy="steps", eval_steps=2, **changes,
+            eval_strategy="steps", eval_steps=2, **changes,
         )  # fmt: skip
         return far(SCRIPT, path, token=TOKEN)
 
@@ -70,6 +74,13 @@ def test_every_push_has_all(trained, hub, far, tmp_path):
         assert TOKEN not in stream
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+    assert_no_token(hub)
+
+
+def assert_no_token(hub):
+    for repository in hub.repositories.values():
+        for files in repository.commits.values():
+            assert not [name for name, content in files.items() if TOKEN.encode() in content]
 
 
 def test_a_token_among_the_options_is_not_saved(trained, hub, tmp_path):
@@ -99,15 +110,18 @@ def test_training_survives_a_hub_that_refuses(trained, hub, tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "run")
 
 
-def test_stock_trainer_with_the_callback(hub, far, tokenizers, tmp_path):
-    from ..conftest import tiny_model
-
+def test_stock_trainer(hub, far, tokenizers, tmp_path):
     tiny_model("bert", vocab_size=320).save_pretrained(tmp_path / "start")
     tokenizers["bert"].save_pretrained(tmp_path / "start")
-    process = far("-c", STOCK_TRAINER, tmp_path / "start", REPO, token=TOKEN)
+    process = far("-c", STOCK_TRAINER, tmp_path / "start", REPO, TOKEN)
     assert process.returncode == 0, process.stderr
-    files = hub.repositories[REPO].files()
-    assert {"README.md", "modeling_shared_bert.py", "config.json"} <= set(files)
-    assert b"What is shared" in files["README.md"]
+    repository = hub.repositories[REPO]
+    assert set(repository.branches) == {"main", "step-1", "step-2"}
+    for branch in repository.branches:
+        files = repository.files(branch)
+        assert {"README.md", "modeling_shared_bert.py", "config.json", "tokenizer.json"} <= set(files)
+        assert b"What is shared" in files["README.md"]
+        assert not [name for name in files if name.endswith(PICKLES)]
+    assert_no_token(hub)
     model_class, _ = load_remotely(far, "bert", trust_remote_code=True)
     assert model_class == "SharedBertForMaskedLM"
