@@ -37,12 +37,23 @@ def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> P
 
 
 def _load(name_or_path: str, classes: dict[str, type[PreTrainedModel]]) -> tuple[PreTrainedModel, dict]:
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    name = ", ".join(config.architectures or ["model of no named class"])
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except (ValueError, TypeError, AttributeError) as error:  # such as for a model_type that is a list
+        raise ValueError(f"{name_or_path} cannot be loaded, its config makes no model: {error}") from error
+    named = config.architectures or ["model of no named class"]
+    name = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     if name not in classes:
         raise ValueError(f"{name_or_path} holds a {name} and must be one of {', '.join(classes)}")
-    options = {"output_loading_info": True, "use_safetensors": True}
-    model, info = classes[name].from_pretrained(name_or_path, config=config, **options)
+    wanted = classes[name].config_class
+    if not isinstance(config, wanted):
+        raise ValueError(
+            f"{name_or_path} holds a {name}, whose model_type is {wanted.model_type!r}, not {config.model_type!r}"
+        )
+    # A config file could name a kernel of the Hub, whose code would run.
+    config._attn_implementation = None
+    options = {"config": config, "output_loading_info": True, "use_safetensors": True}
+    model, info = classes[name].from_pretrained(name_or_path, **options)
     if info["missing_keys"] and all(weight.startswith("pooler.") for weight in info["missing_keys"]):
         return classes[name].from_pretrained(name_or_path, add_pooling_layer=False, **options)
     return model, info

@@ -71,13 +71,30 @@ _VALID = (
         lambda names: names is None or (isinstance(names, dict) and names and all(str(i).isdecimal() for i in names)),
         "names of the labels 0, 1 …, or None",
     ),
+    (
+        ("output_attentions", "output_hidden_states", "return_dict"),
+        lambda flag: flag is None or type(flag) is bool,
+        "True, False or None",
+    ),
+    (
+        ("layer_types",),
+        lambda names: names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
+        "a list of names, or None",
+    ),
+    (
+        ("auto_map",),
+        lambda names: names is None
+        or (isinstance(names, dict) and all(isinstance(name, (str, list, tuple)) for name in names.values())),
+        "names of classes by their Auto class, or None",
+    ),
     (("problem_type",), _PROBLEM_TYPES.__contains__, "one of " + ", ".join(map(str, _PROBLEM_TYPES))),
 )  # fmt: skip
 # What a config file does not decide: it could name a kernel of the Hub, whose code would run, or a pickle.
 _CALLERS_CHOICE = ("attn_implementation", "_attn_implementation", "transformers_weights")
-# A keyword this like a field's name, and no field, is that field misspelt. What transformers itself hands on and saves
-# is less like any (`sep_token_id` comes nearest); all else stays allowed, as in every config of transformers.
-_MISSPELT = 0.85
+# A keyword this like a field's name, and no field, is that field misspelt. What transformers itself hands on, sets and
+# saves is less like any (`layer_norm_epsilon`, at 0.875, comes nearest); all else stays allowed, as in every config of
+# transformers.
+_MISSPELT = 0.88
 # What `with_attention` does not keep.
 _CHOICES = (
     "attention_scheme", "attention_scale", "num_key_value_heads", "depth_sharing", "depth_shared_matrices",
@@ -245,6 +262,9 @@ class SharedAttentionConfig(PreTrainedConfig):
         for name in kwargs:
             if nearest := difflib.get_close_matches(name, names, n=1, cutoff=_MISSPELT):
                 raise ValueError(f"{name} is no field of {type(self).__name__}; the nearest one is {nearest[0]}")
+            attribute = getattr(type(self), name, None)
+            if callable(attribute) or (isinstance(attribute, property) and attribute.fset is None):
+                raise ValueError(f"{name} is no field of {type(self).__name__}, but part of its class: leave it out")
         _check_values({**vars(self), **kwargs})  # before the base class works with them
         super().__post_init__(**kwargs)
 

@@ -4,7 +4,7 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import CONFIG_NAME
+
+from .. import modeling
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +24,10 @@ UNFINISHED = "_unfinished"
 _RUN_FILES = (
     "config.json", "model*.safetensors*", "pytorch_model*.bin*", "generation_config.json", "tokenizer*.json",
     "special_tokens_map.json", "vocab.*", "training_args.bin", "trainer_state.json", "*_results.json", "loss_curve.*",
-    "run.json*", "*.py", "README.md", UNFINISHED,
 )  # fmt: skip
+# What is removed with a run, but is no mark of one: the first two come before anything that training could go on from,
+# and the model's code may be there without a run. Other code, and the README.md, may be the user's own: they stay.
+_REMOVED_TOO = ("run.json*", UNFINISHED, *(path.name for path in Path(modeling.__file__).parent.glob("[!_]*.py")))
 _NEEDED = ("trainer_state.json", "model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 
 
@@ -103,7 +107,7 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | N
             return wish
     if Path(output_dir).is_file():
         raise ValueError(f"output_dir={output_dir!r} is a file: name a folder")
-    if not overwrite and (found := _run_files(output_dir)):
+    if not overwrite and (found := _run_files(output_dir, _RUN_FILES)):
         raise ValueError(
             f"output_dir={output_dir!r} holds another run ({found[0].name}): go on with it by "
             "resume_from_checkpoint=true, replace it by overwrite_output_dir=true, or name another folder"
@@ -113,15 +117,15 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | N
 
 def remove_run(output_dir: str):
     """Deletes what `Trainer` and `pretrain` left in a folder; other files stay."""
-    for path in _run_files(output_dir):
+    for path in _run_files(output_dir, (*_RUN_FILES, *_REMOVED_TOO)):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
 
 
-def _run_files(output_dir: str) -> list[Path]:
-    return checkpoints(output_dir) + [path for name in _RUN_FILES for path in sorted(Path(output_dir).glob(name))]
+def _run_files(output_dir: str, names: Iterable[str]) -> list[Path]:
+    return checkpoints(output_dir) + [path for name in names for path in sorted(Path(output_dir).glob(name))]
 
 
 def publish(unfinished: Path, folder: Path):

@@ -23,6 +23,7 @@ from ..modeling import (
 from .arguments import DataArguments, PretrainingArguments
 from .checkpoints import checkpoint_to_resume
 from .loss_curve import save_loss_curve
+from .models import restore_use_cache
 from .pretraining import EndlessBlocks, RunRemover, check_launch, check_streaming, pack_split, read_documents
 from .run_record import RunRecorder
 from .trainer import PretrainingTrainer, uses_fsdp
@@ -93,7 +94,7 @@ def heal(
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     for parameter in unused:
         parameter.requires_grad_(True)
-    model.config.use_cache = True  # Trainer turned it off for training
+    restore_use_cache(model.config)
     evaluation = trainer.finish(metrics)
     if trainer.is_world_process_zero():
         title = f"{type(model).__name__} ({model.config.attention_scheme}, {model.config.depth_sharing}), healing"

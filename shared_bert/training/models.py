@@ -65,9 +65,17 @@ def make_model(
     return model
 
 
+def restore_use_cache(config: PreTrainedConfig):
+    """Undoes what Trainer states of `use_cache` for training, in every config: where it is no field it goes."""
+    if "use_cache" in config.__dataclass_fields__:
+        config.use_cache = True
+    else:
+        vars(config).pop("use_cache", None)
+
+
 def fix_saved_coefficients(folder: Path):
     """Replaces the networks that make the coefficients of a saved model, if it has any, by what they give."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "coefficient_source", "direct") == "direct":
         return
     model = getattr(shared_bert, config.architectures[0]).from_pretrained(folder)

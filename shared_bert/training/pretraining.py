@@ -26,7 +26,7 @@ from .arguments import DataArguments, ModelArguments, PretrainingArguments
 from .checkpoints import checkpoint_to_resume, remove_run
 from .loss_curve import save_loss_curve
 from .metrics import accuracy_of, likeliest_tokens
-from .models import OBJECTIVES, config_fields, make_model
+from .models import OBJECTIVES, config_fields, make_model, restore_use_cache
 from .run_record import RunRecorder
 from .trainer import PretrainingTrainer, uses_fsdp
 
@@ -117,8 +117,7 @@ def pretrain(
     if checkpoint and is_main:
         print(f"resuming from {checkpoint}", flush=True)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if hasattr(config, "use_cache"):
-        config.use_cache = True  # Trainer turned it off for training
+    restore_use_cache(model.config)
     evaluation = trainer.finish(metrics)
     if is_main:
         entropy = statistics and statistics.unigram_entropy

@@ -20,8 +20,11 @@ OWN = {
     kind: [field.name for field in dataclasses.fields(cls) if field.name not in PreTrainedConfig.__dataclass_fields__]
     for kind, cls in CONFIGS.items()
 }
-# Of the base class, those that our models read.
-INHERITED = ["dtype", "id2label", "num_labels", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder"]
+# Those of the base class, or of its keywords, that our models read, that models are run by, or that are saved.
+INHERITED = [
+    "dtype", "id2label", "num_labels", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder",
+    "output_attentions", "output_hidden_states", "return_dict", "auto_map", "layer_types",
+]  # fmt: skip
 HUGE = 10**12
 
 absurd = st.one_of(
@@ -29,9 +32,11 @@ absurd = st.one_of(
     st.booleans(),
     st.sampled_from([0, -1, 1, 2, 3, 4, 8, 10_001, 2**31, HUGE, -HUGE]),
     st.sampled_from([0.0, -0.5, 0.5, 1.0, 1.5, 1e-300, 1e30, float("nan"), float("inf"), float("-inf")]),
-    st.sampled_from(["", "0", "none", "shared", "gelu", "sharde", "\ud800", "qkvo", "float32", "float99", "a" * 300]),
     st.sampled_from(
-        [[], [1], [[1, 2]], [[0, 1], [2, 3]], [[1, 1, 1], [1, 1, 1]], {}, {"a": 1}, {"0": "yes"}, (1,), b"x"]
+        ["", "0", "none", "yes", "shared", "gelu", "sharde", "\ud800", "qkvo", "float32", "float99", "a" * 300]
+    ),
+    st.sampled_from(
+        [[], [1], [[1, 2]], [[0, 1], [2, 3]], [[1, 1, 1], [1, 1, 1]], {}, {"a": 1}, {"0": "yes"}, ["x"], (1,), b"x"]
     ),
 )
 # What means something, to be contradicted by what else is drawn.
@@ -58,10 +63,11 @@ sensible = st.fixed_dictionaries(
 )
 
 
-def try_config(kind, fields):
-    """Gives the error of a config, or None if its model runs; anything else is a failure."""
+def try_config(kind, fields, folder):
+    """Gives the error of a config, or None if it can be saved and its model runs; anything else is a failure."""
     try:
         config = CONFIGS[kind](**{**TINY, "pad_token_id": 0, **fields})
+        config.save_pretrained(folder)
     except ValueError as error:
         return error
     sizes = [config.hidden_size, config.intermediate_size, config.vocab_size, config.max_position_embeddings]
@@ -74,21 +80,21 @@ def try_config(kind, fields):
     length = min(6, config.max_position_embeddings)
     input_ids = torch.arange(2 * length).view(2, length) % config.vocab_size
     labels = input_ids.clone()
-    model(input_ids=input_ids, labels=labels).loss.backward()
+    model(input_ids=input_ids, labels=labels, return_dict=True).loss.backward()
     assert any(parameter.grad is not None for parameter in model.parameters())
     return None
 
 
-def test_any_config_runs_or_is_refused_by_name():
+def test_any_config_runs_or_is_refused_by_name(tmp_path):
     seen = {"refused": 0, "run": 0}
 
     @settings(max_examples=2400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(kind=st.sampled_from(list(CONFIGS)), data=st.data())
     def check(kind, data):
         fields = data.draw(sensible)
-        names = data.draw(st.lists(st.sampled_from(OWN[kind] + INHERITED), max_size=1))
+        names = data.draw(st.lists(st.sampled_from(OWN[kind] + INHERITED), max_size=2))
         fields |= {name: data.draw(absurd, name) for name in names}
-        error = try_config(kind, fields)
+        error = try_config(kind, fields, tmp_path)
         seen["refused" if error else "run"] += 1
         if error is not None:
             named = set(re.findall(r"[a-z_0-9]+", str(error)))
@@ -122,11 +128,17 @@ def test_any_config_runs_or_is_refused_by_name():
         ({"problem_type": "guessing"}, "problem_type"),
         ({"id2label": {"first": "yes"}}, "id2label"),
         ({"num_atom": 2}, r"num_atom is no field of Shared.*; .* is num_atoms"),
-        (
-            {"layer_norm_epsilon": 1e-5},
-            r"layer_norm_epsilon is no field of Shared.*; .* is layer_norm_eps",
-        ),
+        ({"layer_norm_ep": 1e-5}, r"layer_norm_ep is no field of Shared.*; .* is layer_norm_eps"),
         ({"attention_schema": "shared"}, "attention_schema is no field"),
+        ({"layer_types": ["x"]}, "layer_types"),
+        ({"layer_types": 5}, "layer_types"),
+        ({"scheme": "shared"}, "scheme is no field of Shared.*, but part of its class: leave it out"),
+        ({"to_dict": 1}, "to_dict is no field"),
+        ({"output_attentions": "yes"}, "output_attentions='yes' must be True, False or None"),
+        ({"output_hidden_states": "yes"}, "output_hidden_states"),
+        ({"return_dict": 0}, "return_dict"),
+        ({"auto_map": "x"}, "auto_map='x' must be names of classes by their Auto class, or None"),
+        ({"auto_map": {"AutoModel": None}}, "auto_map="),
     ],
 )
 def test_the_field_is_named(kind, fields, message):
@@ -140,6 +152,7 @@ FOREIGN = [
     "_name_or_path", "task_specific_params", "quantization_config", "sep_token_id", "cls_token_id", "unk_token_id",
     "mask_token_id", "finetuning_task", "position_embedding_type", "gradient_checkpointing", "add_cross_attention",
     "pruned_heads", "model_type", "sentence_transformers", "head_dim", "num_labels", "num_layers",
+    "layer_norm_epsilon", "rms_norm_eps",
 ]  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 import builtins
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, modeling_utils
 
 import shared_bert
 from shared_bert.conversion.folders import load_model
@@ -184,6 +185,39 @@ def test_a_config_file_cannot_choose_a_kernel(saved, kind, field):
         LANGUAGE_MODELS[kind].from_pretrained(saved, attn_implementation="eager").config._attn_implementation
         == "eager"
     )
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_a_stock_config_cannot_either(tmp_path, monkeypatch, kind, field):
+    def loaded(*arguments, **options):
+        raise AssertionError(f"a kernel is loaded: {arguments}")
+
+    # Not what it calls in turn: after its first call it takes a kernel to be there.
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", loaded)
+    shared_bert.to_stock(tiny_model(kind, attention_scheme="standard")).save_pretrained(tmp_path)
+    change(tmp_path / "config.json", **{field: "kernels-community/flash-attn2"})
+    with pytest.raises(AssertionError, match="a kernel is loaded"):  # so does transformers itself
+        AutoModel.from_pretrained(tmp_path)
+    model = load_model(str(tmp_path), STOCK_CLASSES.values())
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": [5]},
+        {"architectures": 5},
+        {"architectures": ["GPT2LMHeadModel"]},
+        {"model_type": []},
+        {"model_type": 5},
+    ],
+    ids=str,
+)
+def test_a_config_of_no_model_is_named(tmp_path, fields):
+    shared_bert.to_stock(tiny_model("bert", attention_scheme="standard")).save_pretrained(tmp_path)
+    change(tmp_path / "config.json", **fields)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        load_model(str(tmp_path), STOCK_CLASSES.values())
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "nothing", "../evil"])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared_bert.training import last_checkpoint
-from shared_bert.training.checkpoints import checkpoint_damage, checkpoint_to_resume, remove_run
+from shared_bert.training.checkpoints import UNFINISHED, checkpoint_damage, checkpoint_to_resume, remove_run
 
 
 def write_checkpoint(folder, step):
@@ -63,6 +63,21 @@ def test_nothing_to_resume(tmp_path):
         checkpoint_to_resume(str(tmp_path), "true", overwrite=False)
     with pytest.raises(ValueError, match="no such folder"):
         checkpoint_to_resume(str(tmp_path), str(tmp_path / "absent"), overwrite=False)
+
+
+def test_what_may_be_the_users_own_stays(tmp_path):
+    own = ["README.md", "__init__.py", "my_model.py", "train.py"]
+    for name in (*own, "run.json", "run.json.unfinished", "modeling_shared_bert.py", "attention.py"):
+        (tmp_path / name).touch()
+    remove_run(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == own
+
+
+@pytest.mark.parametrize("name", ["README.md", "train.py", "modeling_shared_bert.py", "run.json", UNFINISHED])
+def test_no_mark_of_another_run(tmp_path, name):
+    """The last two are what a run leaves that was killed before its first checkpoint was whole."""
+    (tmp_path / name).mkdir() if name == UNFINISHED else (tmp_path / name).touch()
+    assert checkpoint_to_resume(str(tmp_path), None, overwrite=False) is None
 
 
 def test_another_run_is_kept_unless_asked(tmp_path):

@@ -57,6 +57,8 @@ def test_a_run_learns_and_saves(tmp_path, capsys, model_type, auto_class):
     assert 0 <= model.config.vocab_size - len(tokenizer) < 64
     assert model.config.pad_token_id == tokenizer.pad_token_id
     assert model(**tokenizer("the fox hunts", return_tensors="pt")).logits.shape[-1] == model.config.vocab_size
+    # Trainer states it in every config; it is a field of decoders alone.
+    assert getattr(model.config, "use_cache", None) == {"shared_bert": None, "shared_gpt": True}[model_type]
 
 
 def test_a_trained_model_goes_on(tmp_path):
