@@ -152,8 +152,8 @@ def check_healing(
         raise ValueError(f"a {type(teacher).__name__} without a head cannot be healed under FSDP: use DDP")
     if training_args.gradient_checkpointing:
         raise ValueError(
-            "activation_checkpointing=true has no effect in eval mode, in which healing runs (without dropout): "
-            "leave it out"
+            "activation checkpointing has no effect in eval mode, in which healing runs (without dropout): leave out "
+            "activation_checkpointing (gradient_checkpointing, in older releases of transformers)"
         )
 
 

@@ -15,6 +15,9 @@ from shared_bert.training.healing import HealingTrainer, healing_loss
 from ..conftest import tiny_model
 from .runs import KILLED_HEALING, ROOT, losses, run, write_text
 
+# The newer and the older name of one option of transformers.
+NEW_NAME = "activation_checkpointing"
+CHECKPOINTING = NEW_NAME if NEW_NAME in PretrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 KINDS = {"shared_bert": ("bert", "wordpiece"), "shared_gpt": ("gpt", "byte_bpe")}
 
 
@@ -103,7 +106,7 @@ def test_streaming_and_accumulation(tmp_path):
         ({"block_size": 41}, {}, "block_size=41.*max_position_embeddings=40"),
         ({"train_file": None}, {}, "needs text.*dataset_name and train_file"),
         ({"streaming": True}, {"num_train_epochs": 1, "max_steps": -1}, "max_steps=-1"),
-        ({}, {"activation_checkpointing": True}, "activation_checkpointing"),
+        ({}, {CHECKPOINTING: True}, "activation checkpointing"),
         ({}, {"resume_from_checkpoint": "true"}, "no whole checkpoint"),
     ],
 )
