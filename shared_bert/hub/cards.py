@@ -15,20 +15,16 @@ from ..conversion.stock import STOCK_CLASSES
 
 # A card that says so is replaced by the next push; one without is somebody's own, and stays.
 MARK = "Written by shared_bert. The next push writes it anew, unless this line is taken out."
-# What a head is for: the Hub's name of the task, the Auto class, and what to do with it.
+# What a head is for: the Hub's name of the task, and what to do with it.
 _HEADS = {
-    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM", "Filling in masked tokens, and fine-tuning on other tasks."),
-    "ForCausalLM": ("text-generation", "AutoModelForCausalLM", "Going on with a text, and fine-tuning."),
-    "ForSequenceClassification": (
-        "text-classification", "AutoModelForSequenceClassification", "Classifying or scoring whole texts or pairs.",
-    ),
-    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification", "Classifying each token."),
-    "ForQuestionAnswering": (
-        "question-answering", "AutoModelForQuestionAnswering", "Marking the answer to a question in a text.",
-    ),
-    "ForMultipleChoice": (None, "AutoModelForMultipleChoice", "Choosing among continuations of a text."),
-    "Model": ("feature-extraction", "AutoModel", "Hidden states as features, and fine-tuning with a head."),
-}  # fmt: skip
+    "ForMaskedLM": ("fill-mask", "Filling in masked tokens, and fine-tuning on other tasks."),
+    "ForCausalLM": ("text-generation", "Going on with a text, and fine-tuning."),
+    "ForSequenceClassification": ("text-classification", "Classifying or scoring whole texts or pairs."),
+    "ForTokenClassification": ("token-classification", "Classifying each token."),
+    "ForQuestionAnswering": ("question-answering", "Marking the answer to a question in a text."),
+    "ForMultipleChoice": (None, "Choosing among continuations of a text."),
+    "Model": ("feature-extraction", "Hidden states as features, and fine-tuning with a head."),
+}
 _DEPTH = {
     "none": "Each layer has matrices of its own.",
     "masa": "The {matrices} matrices of all {layers} layers are mixtures of {config.num_atoms} atoms per matrix "
@@ -37,8 +33,6 @@ _DEPTH = {
     "repeat_all_over": "A stack of {config.num_groups} layers' {matrices} matrices is repeated over the depth.",
     "low_rank": "The {matrices} matrices are products of two factors of a low rank.",
 }
-
-
 # Endings of what `Trainer` reports besides results.
 _NO_RESULTS = ("_time", "_runtime", "_samples", "_per_second")
 _RESULT_NAMES = {
@@ -70,7 +64,8 @@ def model_card(
     known = next(cls for cls in model_class.__mro__ if cls in STOCK_CLASSES)
     stock = STOCK_CLASSES[known].__name__
     head = next(name for name in _HEADS if known.__name__.endswith(name))
-    task, auto, use = _HEADS[head]
+    task, use = _HEADS[head]
+    auto = next(auto for auto, cls in config.auto_classes.items() if cls == known.__name__)
     run = _Run(run_folder)
     name = repo_id.split("/")[-1]
     # What healing minimises is no loss of the task.

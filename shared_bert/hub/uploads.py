@@ -257,10 +257,9 @@ def _is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
 
 def _what_happened(api: HfApi, repo_id: str, revision: str | None, before: str | None, error: Exception) -> str:
     branch = revision or "main"
-    # An error of an upload says why in its cause only.
-    cause = " ".join(
-        str(error if error.__cause__ is None else error.__cause__).split("For more information")[0].split()
-    )
+    if not isinstance(error, HfHubHTTPError):
+        error = error.__cause__ or error  # of an upload that failed, only the cause says why
+    cause = " ".join(str(error).split("For more information")[0].split())
     if "401" in cause:
         cause += "; log in with `hf auth login`, or set HF_TOKEN"
     try:

@@ -17,7 +17,7 @@ from .. import modeling
 
 logger = logging.getLogger(__name__)
 
-# Checkpoints and models are written in here and moved out when they are whole. Trainer's pushes leave out `_*`.
+# Checkpoints and models are written in here and moved out when they are whole.
 UNFINISHED = "_unfinished"
 # What a run leaves beside its checkpoints: all of it is removed with the run, and any of it marks a folder as taken.
 # The config goes first: without it, what is left when the removal is cut off is no model.

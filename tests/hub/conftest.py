@@ -1,5 +1,6 @@
 """A model that has been saved, and a Hub on this machine to push it to."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,15 @@ import huggingface_hub.constants
 import pytest
 import transformers.utils.hub
 
+from ..conftest import tiny_model
 from .hub_double import TOKEN, HubDouble
 
 ROOT = Path(__file__).parents[2]
+REPO = "somebody/model"
+CLASSES = {
+    "bert": ("AutoModelForMaskedLM", "BertTokenizer"),
+    "gpt": ("AutoModelForCausalLM", "GPT2Tokenizer"),
+}
 
 
 @pytest.fixture
@@ -48,3 +55,17 @@ def far(hub, tmp_path):
         )
 
     return far
+
+
+@pytest.fixture
+def saved(tokenizers, tmp_path):
+    """Saves a model and its tokenizer; gives the model and the folder."""
+
+    def saved(kind="bert", cls=None, name="saved", **fields):
+        model = tiny_model(kind, cls, vocab_size=320, **fields)
+        model.save_pretrained(tmp_path / name)
+        tokenizers[kind].save_pretrained(tmp_path / name)
+        (tmp_path / name / "eval_results.json").write_text(json.dumps({"eval_loss": 2.5, "eval_accuracy": 0.25}))
+        return model, tmp_path / name
+
+    return saved

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import runpy
 import signal
 import subprocess
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -22,12 +20,10 @@ from shared_bert.hub import CheckpointPushes, PushError
 
 from ..conftest import tiny_model
 from ..far_side import WITHOUT_PACKAGE
-from .conftest import ROOT
+from .conftest import CLASSES, REPO, ROOT
 from .hub_double import CUT, TOKEN
-from .own_model import OwnModel
 
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
-REPO = "somebody/model"
 LOAD = """
 import json, sys
 import transformers
@@ -38,24 +34,6 @@ tokenizer = AutoTokenizer.from_pretrained(repo, **options)
 inputs = tokenizer(["the fox hunts .", "the dog barks . the owl"], padding=True, return_tensors="pt")
 print(json.dumps([type(model).__name__, type(tokenizer).__name__, model(**inputs).logits.tolist()]))
 """
-CLASSES = {
-    "bert": ("AutoModelForMaskedLM", "BertTokenizer"),
-    "gpt": ("AutoModelForCausalLM", "GPT2Tokenizer"),
-}
-
-
-@pytest.fixture
-def saved(tokenizers, tmp_path):
-    """Saves a model and its tokenizer; gives the model and the folder."""
-
-    def saved(kind="bert", cls=None, name="saved", **fields):
-        model = tiny_model(kind, cls, vocab_size=320, **fields)
-        model.save_pretrained(tmp_path / name)
-        tokenizers[kind].save_pretrained(tmp_path / name)
-        (tmp_path / name / "eval_results.json").write_text(json.dumps({"eval_loss": 2.5, "eval_accuracy": 0.25}))
-        return model, tmp_path / name
-
-    return saved
 
 
 def load_remotely(far, kind, repo=REPO, package=False, **options):
@@ -140,18 +118,6 @@ def test_without_a_namespace_it_is_the_users(hub, saved):
         model.push_to_hub("mine")
 
 
-def test_a_class_of_ones_own(hub, saved):
-    model, _ = saved("bert", OwnModel)
-    model.push_to_hub(REPO)
-    files = hub.repositories[REPO].files()
-    assert json.loads(files["config.json"])["auto_map"]["AutoModelForMaskedLM"] == "own_model.OwnModel"
-    # Its own code, and what it and the other names in `auto_map` stand on.
-    assert {"own_model.py", "modeling_shared_bert.py", "attention.py", "README.md"} <= set(files)
-    card = files["README.md"].decode()
-    assert yaml.safe_load(card.split("---\n", 2)[1])["pipeline_tag"] == "fill-mask"
-    assert "`OwnModel` is no class of the package" in card
-
-
 def test_revisions_leave_main_alone(hub, saved):
     model, folder = saved("bert")
     model.push_to_hub(REPO, source=folder)
@@ -178,16 +144,6 @@ def test_a_branch_has_results_of_its_own_only(hub, saved):
     assert "None were recorded" in files["README.md"].decode()
 
 
-def test_a_fine_tuned_model_does_not_take_over_results(hub, saved):
-    _, folder = saved("bert")
-    tuned = shared_bert.SharedBertForSequenceClassification.from_pretrained(folder, num_labels=3)
-    tuned.push_to_hub(REPO)
-    files = hub.repositories[REPO].files()
-    assert "model-index" not in files["README.md"].decode()
-    assert "eval_results.json" not in files
-    assert "tokenizer.json" in files
-
-
 def test_the_tokenizer_comes_from_the_hub_as_well(hub, saved, monkeypatch):
     model, folder = saved("bert")
     model.push_to_hub(REPO, source=folder)
@@ -196,13 +152,6 @@ def test_the_tokenizer_comes_from_the_hub_as_well(hub, saved, monkeypatch):
     assert again.name_or_path == REPO
     again.push_to_hub("somebody/copy")
     assert "tokenizer.json" in hub.repositories["somebody/copy"].files()
-
-
-def test_without_a_tokenizer_the_card_loads_none(hub):
-    tiny_model("bert").push_to_hub(REPO)
-    card = hub.repositories[REPO].files()["README.md"].decode()
-    assert "AutoTokenizer" not in card
-    assert f'AutoModelForMaskedLM.from_pretrained("{REPO}", trust_remote_code=True)' in card
 
 
 def test_a_pull_request_leaves_main_alone(hub, saved):
@@ -220,16 +169,6 @@ def test_a_public_repository_does_not_take_what_is_private(hub, saved):
     with pytest.raises(ValueError, match="somebody/model is there already, and public"):
         model.push_to_hub(REPO, private=True)
     assert len(hub.repositories[REPO].messages) == 2
-
-
-@pytest.mark.parametrize("name", ["eval_results.json", "train_results.json", "trainer_state.json", "run.json"])
-@pytest.mark.parametrize("content", ['{"eval_loss": 1', "[1]"])
-def test_damaged_metrics_are_named(hub, saved, name, content):
-    model, folder = saved("bert")
-    (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=name):
-        model.push_to_hub(REPO, source=folder)
-    assert REPO not in hub.repositories
 
 
 def test_a_full_disk(hub, saved, monkeypatch):
@@ -252,14 +191,6 @@ def test_shards_that_are_no_longer_needed_go(hub, saved):
     weights = {name for name in hub.repositories[REPO].files() if ".safetensors" in name}
     assert weights == {"model.safetensors"}
     assert hub.repositories[REPO].files()["handler.py"] == b"the user's own"
-
-
-def test_somebodys_own_card_stays(hub, saved):
-    model, _ = saved("bert")
-    model.push_to_hub(REPO)
-    hub.repositories[REPO].files()["README.md"] = b"---\nlicense: mit\n---\n# mine\n"
-    model.push_to_hub(REPO)
-    assert hub.repositories[REPO].files()["README.md"].endswith(b"# mine\n")
 
 
 @pytest.mark.parametrize(
@@ -296,6 +227,12 @@ def test_a_push_that_fails_leaves_the_last_revision(hub, saved, request_, fault,
     assert torch.equal(logits_of(before, folder), expected)
     model.push_to_hub(REPO, source=folder)
     assert hub.repositories[REPO].branches["main"] != main
+
+
+def test_what_the_hub_says_is_told(hub, saved):
+    model, _ = saved("bert")
+    with hub.fault("POST .*/preupload/", 403), pytest.raises(PushError, match="the double was told to answer 403"):
+        model.push_to_hub(REPO)
 
 
 def test_a_hub_that_is_gone(hub, saved, monkeypatch):
@@ -404,66 +341,6 @@ def test_the_token_is_nowhere_to_be_found(hub, far, saved, tmp_path):
         assert TOKEN not in process.stdout + process.stderr
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
-
-
-def test_healing_is_no_result(hub, saved):
-    model, folder = saved("bert")
-    record = {
-        "kind": "healing", "data": {"train_file": "/home/me/secret/text.txt"}, "block_size": 32, "tokens_per_step": 64,
-        "training": {"max_steps": 5, "num_train_epochs": 3.0}, "versions": {"torch": "2"},
-    }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "conversion.json").write_text(json.dumps({"model": "/home/me/secret"}))
-    model.push_to_hub(REPO, source=folder)
-    files = hub.repositories[REPO].files()
-    card = files["README.md"].decode()
-    assert "model-index" not in card
-    assert "Healing on local text (`text.txt`)" in card
-    assert "| distance from the original (see `HealingTrainer`) | 2.5 |" in card
-    assert not any(b"secret" in content for content in files.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert", "gpt"])
-def test_the_code_on_the_card_runs(hub, far, saved, kind):
-    model, folder = saved(kind, attention_scheme="unified")
-    model.push_to_hub(REPO, source=folder)
-    with_package, without = re.findall(
-        r"```python\n(.*?)```", hub.repositories[REPO].files()["README.md"].decode(), flags=re.DOTALL
-    )
-    for code in (with_package, WITHOUT_PACKAGE + without):
-        process = far("-c", code + "print(type(model).__name__, type(tokenizer).__name__)")
-        assert process.stdout.split()[-2:] == [type(model).__name__, CLASSES[kind][1]], process.stderr
-
-
-def test_the_card_says_what_the_model_is(hub, saved):
-    model, folder = saved("bert", attention_scheme="shared", depth_sharing="masa", num_atoms=1)
-    model.push_to_hub(REPO, source=folder)
-    card = hub.repositories[REPO].files()["README.md"].decode()
-    _, head, text = card.split("---\n", 2)
-    data = yaml.safe_load(head)
-    assert data["pipeline_tag"] == "fill-mask"
-    assert data["library_name"] == "transformers"
-    assert {"shared_bert", "shared", "masa"} <= set(data["tags"])
-    (entry,) = data["model-index"]
-    metrics = {metric["type"]: metric["value"] for result in entry["results"] for metric in result["metrics"]}
-    assert metrics == {"loss": 2.5, "accuracy": 0.25}
-    standard = shared_bert.SharedBertForMaskedLM(model.config.with_attention())
-    assert f"| whole model | {model.num_parameters():,} | {standard.num_parameters():,} |" in text
-    for section in ("Intended use", "What is shared", "Data and budget", "Results", "Limits", "How to load it"):
-        assert f"## {section}" in text
-    assert f'AutoModelForMaskedLM.from_pretrained("{REPO}")' in text
-    assert f'AutoModelForMaskedLM.from_pretrained("{REPO}", trust_remote_code=True)' in text
-
-
-@pytest.mark.parametrize("cls", [*shared_bert.conversion.stock.STOCK_CLASSES])
-def test_every_class_has_a_card(hub, cls):
-    kind = "bert" if cls.config_class is shared_bert.SharedBertConfig else "gpt"
-    tiny_model(kind, cls).push_to_hub(REPO)
-    files = hub.repositories[REPO].files()
-    auto = next(auto for auto, name in cls.config_class.auto_classes.items() if name == cls.__name__)
-    assert f"{auto}.from_pretrained(" in files["README.md"].decode()
-    assert json.loads(files["config.json"])["auto_map"][auto].endswith(f".{cls.__name__}")
 
 
 def test_a_checkpoint_that_cannot_be_pushed_does_not_stop_training(hub, saved, caplog):

@@ -6,8 +6,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from ..conftest import tiny_model
 from ..training.runs import SCRIPT, write_recipe
+from .conftest import REPO
 from .hub_double import TOKEN
-from .test_push import REPO, load_remotely, logits_of
+from .test_push import load_remotely, logits_of
 
 pytestmark = pytest.mark.slow
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
