@@ -17,9 +17,10 @@ MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the predicted tokens; the rest stay as
 class MaskedLanguageModelingCollator:
     """Batches of blocks in which tokens are masked as BERT masks them.
 
-    In each row, `ceil(mlm_probability * n)` of its n ordinary tokens (neither special nor padding) are to be
-    predicted: 80 % of them show [MASK], 10 % a random ordinary token, 10 % themselves. The choice is a pure
-    function of (seed, epoch, index), so a resumed run, or one over several processes, makes the same.
+    In each row, `mlm_probability * n` of its n ordinary tokens (neither special nor padding) are to be predicted,
+    rounded up or down at random so that the mean over the rows is `mlm_probability`: 80 % of them show [MASK], 10 % a
+    random ordinary token, 10 % themselves. The choice is a pure function of (seed, epoch, index), so a resumed run,
+    or one over several processes, makes the same.
 
     Args:
         tokenizer: the tokenizer that made the blocks.
@@ -74,7 +75,9 @@ class MaskedLanguageModelingCollator:
         priority, treatment, replacement = uniform.swapaxes(0, 1)
 
         maskable = ~self.is_special[input_ids] & (document_ids != PADDING)
-        budgets = np.ceil(self.mlm_probability * maskable.sum(1)).astype(int)
+        shares = self.mlm_probability * maskable.sum(1)
+        roundings = np.array([generator.random() for generator in generators])
+        budgets = (np.floor(shares) + (roundings < shares % 1)).astype(int)
         if self.whole_word:
             continued = self._continued(input_ids, document_ids, maskable)
             choice = zip(maskable, continued, priority, budgets, strict=True)

@@ -128,7 +128,7 @@ class SelfAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        context = context.flatten(-2)
+        context = context.reshape(*hidden_states.shape[:-1], -1)  # vLLM's attention returns [tokens, hidden]
         if self.scheme.diagonals:
             context = context * self.value_diagonal.to(context.dtype)
         return _apply(self.output, context, output_weight), weights

@@ -7,14 +7,17 @@
 | ``repeat_all_over`` | the stack repeats: A B A B A B | |
 
 `DepthSharing` belongs to the model and not to a layer, holds each shared tensor once, and makes the matrices of all
-layers once per forward, in the parameters' own type also under autocast. The layers take them as arguments
-(`SharedLinear`), so that checkpointing, DDP, FSDP and `torch.compile` see nothing but tensors. ``low_rank`` shares
-nothing between layers: its factors are in `LowRankLinear`.
+layers once per forward (once per generation where a cache is given), in the parameters' own type also under autocast.
+The layers take them as arguments (`SharedLinear`), so that checkpointing, DDP, FSDP and `torch.compile` see nothing
+but tensors. ``low_rank`` shares nothing between layers: its factors are in `LowRankLinear`.
 """
+
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 
 
 def layer_groups(depth_sharing: str, num_layers: int, num_groups: int) -> list[int]:
@@ -39,6 +42,14 @@ def initial_coefficients(num_layers: int, num_atoms: int, how: str) -> torch.Ten
     return nn.functional.normalize(coefficients, dim=1)
 
 
+class LayerEmbedding(nn.Embedding):
+    """An embedding of every layer. It is called, so that hooks can load what is offloaded."""
+
+    def forward(self) -> torch.Tensor:
+        """Return [layers, size]."""
+        return self.weight
+
+
 class CoefficientNetwork(nn.Module):
     """Makes the coefficients while training, from an embedding of each layer, by a network of three layers.
 
@@ -49,12 +60,12 @@ class CoefficientNetwork(nn.Module):
         super().__init__()
         # With at least as many hidden channels as layers, it can begin with any coefficients.
         size = max(size, num_layers)
-        self.embedding = nn.Embedding(num_layers, size)
+        self.embedding = LayerEmbedding(num_layers, size)
         self.hidden = nn.ModuleList([nn.Linear(size, size), nn.Linear(size, size)])
         self.out = nn.Linear(size, num_atoms)
 
     def features(self) -> torch.Tensor:
-        features = self.embedding.weight
+        features = self.embedding()
         for layer in self.hidden:
             features = nn.functional.gelu(layer(features))
         return features
@@ -65,6 +76,8 @@ class CoefficientNetwork(nn.Module):
 
     def init_weights(self, coefficients: torch.Tensor):
         """Starts so that the result is `coefficients` [layers, atoms]."""
+        if self.out.weight.is_meta:  # offloaded while it was loaded
+            return
         init.normal_(self.embedding.weight)
         for layer in self.hidden:
             init.normal_(layer.weight, std=(2 / layer.in_features) ** 0.5)
@@ -118,7 +131,8 @@ class SharedMatrix(nn.Module):
         """Gives what there are different matrices of, [width, hidden] each: per layer, or per group."""
         if self.config.depth_sharing != "masa":
             return self.atoms.unbind(0)
-        assembled = self.layer_coefficients() @ self.atoms.flatten(1)
+        with torch.autocast(self.atoms.device.type, enabled=False):
+            assembled = self.layer_coefficients() @ self.atoms.flatten(1)
         return assembled.unflatten(1, self.atoms.shape[1:]).unbind(0)
 
 
@@ -132,17 +146,29 @@ class DepthSharing(nn.ModuleDict):
 
     def forward(self) -> list[tuple[torch.Tensor, ...]]:
         """Gives each layer its shared weights: that of its projection [rows, hidden] and, if shared, of its output."""
-        with torch.autocast(next(self.parameters()).device.type, enabled=False):
-            made = {name: matrix() for name, matrix in self.items()}
-            maps = []
-            for linear in self.config.shared_maps:
-                parts = zip(*(made[name] for name in self.config.matrix_widths(linear)), strict=True)
-                maps.append([part[0] if len(part) == 1 else torch.cat(part) for part in parts])
+        made = {name: matrix() for name, matrix in self.items()}
+        maps = []
+        for linear in self.config.shared_maps:
+            parts = zip(*(made[name] for name in self.config.matrix_widths(linear)), strict=True)
+            # With device_map="auto" the matrices of one map may lie on several devices.
+            maps.append([torch.cat([p.to(part[0].device) for p in part]) if part[1:] else part[0] for part in parts])
         weights = list(zip(*maps, strict=True))
         if self.config.depth_sharing == "masa":
             return weights
         groups = next(iter(self.values())).groups
         return [weights[group] for group in groups]
+
+    def kept_with(self, cache: Cache) -> list[tuple[torch.Tensor, ...]]:
+        """Gives what `forward` does, which is assembled anew only where a parameter has changed since `cache` was."""
+        versions = {parameter: parameter._version for parameter in self.parameters()}
+        if cache not in _KEPT or _KEPT[cache][0] != versions:
+            _KEPT[cache] = versions, self()
+        return _KEPT[cache][1]
+
+
+# What was assembled for a generation, with the parameters' versions: for as long as its cache lives, and outside of
+# cache and model, which are copied and saved.
+_KEPT: WeakKeyDictionary[Cache, tuple[dict, list]] = WeakKeyDictionary()
 
 
 def fix_coefficients(model: nn.Module):
@@ -163,6 +189,18 @@ def make_depth_sharing(config) -> DepthSharing | None:
     return DepthSharing(config) if config.depth_sharing in ("masa", "sequential", "repeat_all_over") else None
 
 
-def shared_weights(depth_sharing: DepthSharing | None, num_layers: int) -> list[tuple[torch.Tensor, ...]]:
-    """Gives each layer the weights it shares, once per forward; nothing where it shares none."""
-    return [()] * num_layers if depth_sharing is None else depth_sharing()
+def shared_weights(
+    depth_sharing: DepthSharing | None, num_layers: int, cache: Cache | None = None
+) -> list[tuple[torch.Tensor, ...]]:
+    """Gives each layer the weights it shares; nothing where it shares none.
+
+    They are assembled once per forward or, where a `cache` of keys and values is given and no gradient is asked for,
+    once for all forwards with that cache. (Compiled code, which cannot tell whether a parameter has changed, and
+    parameters made under `torch.inference_mode`, which do not count their changes, are assembled in every forward.)
+    """
+    if depth_sharing is None:
+        return [()] * num_layers
+    can_keep = cache is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if can_keep and not any(parameter.is_inference() for parameter in depth_sharing.parameters()):
+        return depth_sharing.kept_with(cache)
+    return depth_sharing()

@@ -21,7 +21,8 @@ def predicted_positions(labels: torch.Tensor, num_predictions: int | None = None
         labels: [batch, seq].
         num_predictions: an upper bound of the predictions in the batch. With it the result has that length
             (unpredicted positions, labelled -100, fill it up), so shapes are static: no wait for the device, and
-            no graph break. Without it, None is returned under `torch.compile`: predict everywhere.
+            no graph break. Without it, None is returned under `torch.compile` and `torch.func.vmap`: predict
+            everywhere.
 
     Raises:
         ValueError: more labels than `num_predictions`, on a CPU. Elsewhere those beyond it are left out, since nobody
@@ -38,7 +39,10 @@ def predicted_positions(labels: torch.Tensor, num_predictions: int | None = None
         return ignored.int().argsort(stable=True)[:num_predictions]
     if torch.compiler.is_compiling():
         return None
-    return (~ignored).nonzero().flatten()
+    try:
+        return (~ignored).nonzero().flatten()
+    except RuntimeError:  # under torch.func.vmap, whose rows would differ in length
+        return None
 
 
 class VocabularyLogits(torch.autograd.Function):
@@ -46,12 +50,18 @@ class VocabularyLogits(torch.autograd.Function):
 
     Where the weight is tied to the embeddings, autograd then adds their gradient to it in place. That of
     `nn.functional.linear` is a view, so it makes a third matrix of that size.
+    (It has no `jvp`, which `torch.compile` does not take: forward-mode differentiation is for `model.eval()`.)
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias):
-        ctx.save_for_backward(hidden_states, weight)
+    def forward(hidden_states, weight, bias):
         return nn.functional.linear(hidden_states, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, gradient):
@@ -66,6 +76,20 @@ class VocabularyLogits(torch.autograd.Function):
         return of_hidden_states, of_weight, of_bias
 
 
+class VocabularyHead(nn.Linear):
+    """The `nn.Linear` over the vocabulary, which saves a matrix of gradients while training.
+
+    It does so for the [rows, hidden] of a loss, and where its weight is an ordinary parameter: one that is quantized,
+    sharded or replaced for a call of `torch.func` takes the usual way. (`resize_token_embeddings` puts a plain
+    `nn.Linear` in its place.)
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training and hidden_states.ndim == 2 and type(self.weight) is nn.Parameter:
+            return VocabularyLogits.apply(hidden_states, self.weight, self.bias)
+        return super().forward(hidden_states)
+
+
 def linear_cross_entropy(
     hidden_states: torch.Tensor,
     head: nn.Module,
@@ -73,9 +97,6 @@ def linear_cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """Cross-entropy, in nats, of `head(hidden_states)` against `labels`, in float32.
-
-    Of a plain `nn.Linear` the parameters are taken, so hooks on it do not see the call. What stands in its place (an
-    adapter, say) is called.
 
     Args:
         hidden_states: [rows, hidden].
@@ -89,9 +110,8 @@ def linear_cross_entropy(
     """
 
     def total(hidden_states, labels):
-        is_plain = type(head) is nn.Linear
-        logits = VocabularyLogits.apply(hidden_states, head.weight, head.bias) if is_plain else head(hidden_states)
-        return nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        logits = head(hidden_states).float()
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     pieces = -(-labels.numel() * head.weight.shape[0] // MAX_LOGITS)
     if pieces <= 1:

@@ -33,8 +33,8 @@ from .attention import SelfAttention
 from .configuration_shared_bert import SharedBertConfig
 from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
 from .loading import SafetensorsOnly
-from .losses import linear_cross_entropy, predicted_positions
-from .packing import attention_inputs, check_length, document_positions
+from .losses import VocabularyHead, linear_cross_entropy, predicted_positions
+from .packing import attention_inputs, check_length, check_positions, document_positions
 from .projections import LowRankLinear, SharedLinear
 
 
@@ -163,13 +163,16 @@ class SharedBertModel(SharedBertPreTrainedModel):
             `last_hidden_state` [batch, seq, hidden], `pooler_output` [batch, hidden].
 
         Raises:
-            ValueError: not exactly one input, or more tokens than `max_position_embeddings`.
+            ValueError: not exactly one input, or positions beyond `max_position_embeddings`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        check_length(self.config, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
         if position_ids is None and document_ids is not None:
             position_ids = document_positions(document_ids)
+        if position_ids is None:
+            check_length(self.config, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        else:
+            check_positions(self.config, position_ids)
         # In a later stage of a pipeline this module hands on its first argument, hidden states.
         embeddings = self.embeddings(
             inputs_embeds=inputs_embeds, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids
@@ -193,7 +196,7 @@ class SharedBertPredictionHead(nn.Module):
     def __init__(self, config: SharedBertConfig):
         super().__init__()
         self.transform = BertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = VocabularyHead(config.hidden_size, config.vocab_size)
         self.register_load_state_dict_pre_hook(_drop_second_name)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,8 @@ from .attention import SelfAttention
 from .configuration_shared_gpt import SharedGptConfig
 from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
 from .loading import SafetensorsOnly
-from .losses import linear_cross_entropy
-from .packing import attention_inputs, check_length, document_positions
+from .losses import VocabularyHead, linear_cross_entropy
+from .packing import attention_inputs, check_length, check_positions, document_positions
 from .projections import LowRankLinear, SharedLinear
 
 
@@ -171,33 +171,35 @@ class SharedGptModel(SharedGptPreTrainedModel):
             `last_hidden_state` [batch, seq, hidden], and `past_key_values` where `use_cache`.
 
         Raises:
-            ValueError: not exactly one input, or more tokens than `max_position_embeddings`.
+            ValueError: not exactly one input, or positions beyond `max_position_embeddings`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if isinstance(past_length, int):
-            check_length(self.config, past_length + inputs_embeds.shape[1])
         if getattr(past_key_values, "is_compileable", False):  # a static cache will be filled, and cannot be asked
             check_length(self.config, max(layer.max_cache_len for layer in past_key_values.layers))
         if position_ids is None and document_ids is not None:
             position_ids = document_positions(document_ids)
+        if position_ids is not None:
+            check_positions(self.config, position_ids)
+        elif isinstance(past_length, int):
+            check_length(self.config, past_length + inputs_embeds.shape[1])
         mask, packing = attention_inputs(
             self.config, True, inputs_embeds, attention_mask, document_ids, position_ids, past_key_values
         )
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
+        # After the mask, which separates documents by their positions where there is no cache.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
 
         # In a later stage of a pipeline the input is hidden states, which have their positions.
         is_first_stage = not isinstance(self.wpe, nn.Identity)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids) if is_first_stage else inputs_embeds)
-        weights = shared_weights(self.depth_sharing, len(self.h))
+        weights = shared_weights(self.depth_sharing, len(self.h), past_key_values)
         for block, block_weights in zip(self.h, weights, strict=True):
             hidden_states = block(
                 hidden_states, mask, *block_weights, past_key_values=past_key_values, **packing, **kwargs
@@ -216,7 +218,7 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
     def __init__(self, config: SharedGptConfig):
         super().__init__(config)
         self.transformer = SharedGptModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -28,12 +28,26 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_length(config, length: int):
-    """Raises a ValueError where `length` tokens are more than the model has positions for."""
+    """Raise a ValueError where `length` tokens are more than the model has positions for."""
     if length > config.max_position_embeddings:
         raise ValueError(
             f"the sequence has {length} tokens, but max_position_embeddings={config.max_position_embeddings}: "
             "truncate it, or train a model with more positions"
         )
+
+
+def check_positions(config, position_ids: torch.Tensor):
+    """Raise a ValueError where the model has no embedding for one of `position_ids`, on a CPU.
+
+    A row of several documents, whose positions restart, may be longer than `max_position_embeddings`. Elsewhere
+    nobody could know without waiting for the device, whose own error is raised.
+    """
+    if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        last = int(position_ids.max())
+        if last >= config.max_position_embeddings:
+            raise ValueError(
+                f"position_ids has a position {last}, but max_position_embeddings={config.max_position_embeddings}"
+            )
 
 
 def attention_inputs(
@@ -51,8 +65,9 @@ def attention_inputs(
         inputs_embeds: [batch, seq, hidden].
         attention_mask: [batch, keys], 0 where a token is padding, or a finished mask of four dimensions.
         document_ids: [batch, seq] of a packed batch. Padding is a document of its own, so no mask goes with it.
-        position_ids: as the caller gave them. Where they restart, a causal mask begins a new document, as stock
-            models do it: without a cache and without flash attention only, so prefer `document_ids`.
+        position_ids: as the caller gave them. Where they restart, a causal model begins a new document, as stock
+            models do, unless there is a mask or a cache. An encoder does not, as stock BERT does not: give it
+            `document_ids`.
 
     Returns:
         The mask, and keyword arguments for every attention layer.
@@ -62,7 +77,9 @@ def attention_inputs(
     """
     if document_ids is None:
         if is_causal:
-            return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids), {}
+            # Flash attention takes no mask, and reads the documents from the positions.
+            positions = {} if position_ids is None else {"position_ids": position_ids}
+            return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids), positions
         return create_bidirectional_mask(config, inputs_embeds, attention_mask), {}
     if attention_mask is not None:
         raise ValueError("document_ids already separate padding from text: leave out attention_mask")

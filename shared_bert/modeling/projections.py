@@ -9,6 +9,15 @@ from torch import nn
 from transformers import initialization as init
 
 
+class UpMatrices(nn.ParameterList):
+    """The second factors of `LowRankLinear`: a module that is called, so that hooks can load what is offloaded."""
+
+    __call__ = nn.Module.__call__  # a ParameterList refuses it
+
+    def forward(self, reduced: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        return [nn.functional.linear(part, up) for part, up in zip(reduced, self, strict=True)]
+
+
 class LowRankLinear(nn.Module):
     """Applies matrices of the same input, each as two factors of a low rank: x·A·B.
 
@@ -27,7 +36,7 @@ class LowRankLinear(nn.Module):
         self.ranks = ranks
         self.starts_at_zero = starts_at_zero
         self.down = nn.Parameter(torch.empty(sum(ranks), in_features))
-        self.up = nn.ParameterList(torch.empty(width, rank) for width, rank in zip(widths, ranks, strict=True))
+        self.up = UpMatrices(torch.empty(width, rank) for width, rank in zip(widths, ranks, strict=True))
         self.bias = nn.Parameter(torch.empty(sum(widths))) if bias else None
 
     def init_weights(self, std: float):
@@ -40,8 +49,7 @@ class LowRankLinear(nn.Module):
             init.zeros_(self.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        reduced = nn.functional.linear(hidden_states, self.down).split(self.ranks, dim=-1)
-        parts = [nn.functional.linear(part, up) for part, up in zip(reduced, self.up, strict=True)]
+        parts = self.up(nn.functional.linear(hidden_states, self.down).split(self.ranks, dim=-1))
         result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return result if self.bias is None else result + self.bias
 

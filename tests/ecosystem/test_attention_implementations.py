@@ -50,6 +50,21 @@ def test_a_function_of_ones_own(kind, attention, padded_batch):
     assert calls == [0, 1]
 
 
+def test_attention_that_returns_rows_of_tokens(kind, attention, padded_batch):
+    """[tokens, hidden], as vLLM's backend for transformers does."""
+
+    def rows(module, query, key, value, attention_mask, **kwargs):
+        context, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return context.reshape(-1, query.shape[1] * query.shape[3]), weights
+
+    AttentionInterface.register("rows", rows)
+    AttentionMaskInterface.register("rows", sdpa_mask)
+    model = random_model(kind, **attention)
+    expected = text_logits(model, padded_batch)
+    model.set_attn_implementation("rows")
+    torch.testing.assert_close(text_logits(model, padded_batch), expected)
+
+
 def test_an_unknown_implementation_is_refused(kind):
     with pytest.raises(ValueError, match="no_such_attention"):
         random_model(kind).set_attn_implementation("no_such_attention")

@@ -53,4 +53,21 @@ def test_load_time_quantization_is_saved_and_loaded(kind, attention, padded_batc
         assert 0 < (got - expected).norm() / expected.norm() < 0.03
         quantized.save_pretrained(tmp_path / "int8")
         loaded = type(model).from_pretrained(tmp_path / "int8")
-        assert torch.equal(loaded(**padded_batch).logits, got)
+        stored = quantized.state_dict()
+        for name, tensor in loaded.state_dict().items():
+            parts = [tensor] if type(tensor) is torch.Tensor else [tensor.qdata, tensor.scale]
+            expected = stored[name]
+            of_stored = [expected] if type(tensor) is torch.Tensor else [expected.qdata, expected.scale]
+            assert all(map(torch.equal, parts, of_stored)), name
+        torch.testing.assert_close(loaded(**padded_batch).logits, got)
+
+
+def test_gradients_pass_through_a_quantized_head(kind, input_ids):
+    """As in training adapters on a quantised model."""
+    model = random_model(kind).train()
+    exact = model(input_ids, labels=input_ids).loss
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    loss = model(input_ids, labels=input_ids).loss
+    assert 0 < (loss - exact).abs() < 0.01
+    loss.backward()
+    assert model.get_input_embeddings().weight.grad.any()

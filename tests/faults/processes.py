@@ -40,12 +40,12 @@ def run_job(job: Callable, *arguments, kill_at: int | None = None, log: Path, ca
 
 
 def assert_same(found: Path, expected: Path):
-    """The models of two folders have the same weights, bit by bit, and all are numbers."""
+    """The models of two folders, each computed by itself, have the same finite weights up to rounding."""
     found, expected = (load_file(folder / "model.safetensors") for folder in (found, expected))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert tensor.isfinite().all()
-        assert torch.equal(found[name], tensor), name
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def _run(job, arguments, kill_at, events, log, cache):

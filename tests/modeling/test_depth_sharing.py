@@ -1,6 +1,8 @@
 """Matrices shared over the depth: the literal formulas, what is kept, how they start, and how they train and save."""
 
 import copy
+import gc
+import pickle
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
 from shared_bert import SCHEMES, SharedGptConfig, SharedGptModel, fix_coefficients
+from shared_bert.modeling import depth_sharing
 from shared_bert.modeling.depth_sharing import DepthSharing, SharedMatrix
 from tests.conftest import LANGUAGE_MODELS, tiny_config, tiny_model
 
@@ -366,7 +369,7 @@ def test_gradient_checkpointing_changes_nothing(kind, way, matrices, use_reentra
     loss, plain = gradients(model, **inputs)
     checkpoint_activations(model, use_reentrant)
     again_loss, again = gradients(model, **inputs)
-    assert torch.equal(again_loss, loss)
+    torch.testing.assert_close(again_loss, loss)
     assert plain.keys() == again.keys() == dict(model.named_parameters()).keys()
     for name in plain:
         torch.testing.assert_close(again[name], plain[name])
@@ -398,7 +401,7 @@ def test_matrices_are_assembled_in_float32_under_autocast(kind, scheme, way, inp
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = logits(model, input_ids), logits(unshared, input_ids)
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, expected)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("way", ASSEMBLED)
@@ -424,6 +427,92 @@ def test_generation_with_a_cache_is_generation_without(way, matrices, input_ids)
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+class Assembled:
+    """Counts how often the matrices of a model are assembled."""
+
+    def __init__(self, model):
+        self.times = 0
+        shared_modules(model, DepthSharing)[0].register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.times += 1
+
+
+@pytest.mark.parametrize("way", ASSEMBLED)
+def test_matrices_are_assembled_once_per_generation(way, input_ids):
+    model = make("gpt", **WAYS[way])
+    assembled = Assembled(model)
+    for times in (1, 2):
+        generate(model, input_ids, do_sample=False)
+        assert assembled.times == times
+
+
+def double_in_place(model):
+    with torch.no_grad():
+        shared_modules(model, SharedMatrix)[0].atoms.mul_(2)
+
+
+def double_by_loading(model):
+    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
+
+
+def double_by_assigning(model):
+    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def train_a_step(model):
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.arange(5)[None], labels=torch.arange(5)[None]).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+@pytest.mark.parametrize("change", [double_in_place, double_by_loading, double_by_assigning, train_a_step])
+@pytest.mark.parametrize("way", ASSEMBLED)
+def test_changed_parameters_count_in_the_middle_of_a_generation(way, change, input_ids):
+    model = make("gpt", **WAYS[way])
+    cache = DynamicCache(config=model.config)
+    before = logits(model, input_ids[:, :8], past_key_values=cache)
+    change(model)
+    got = logits(model, input_ids[:, 8:], past_key_values=cache)
+
+    # The same two steps, where nothing can be kept: the keys of the first and the weights of the second.
+    twin = make("gpt", **WAYS[way])
+    cache = DynamicCache(config=twin.config)
+    torch.testing.assert_close(twin(input_ids[:, :8], past_key_values=cache).logits, before)
+    twin.load_state_dict(model.state_dict())
+    torch.testing.assert_close(got, twin(input_ids[:, 8:], past_key_values=cache).logits)
+
+
+def test_a_gradient_passes_through_matrices_in_a_generation(input_ids):
+    model = make("gpt", **WAYS["masa"])
+    cache = DynamicCache(config=model.config)
+    logits(model, input_ids[:, :8], past_key_values=cache)
+    model(input_ids[:, 8:], past_key_values=cache).logits.sum().backward()
+    assert shared_modules(model, SharedMatrix)[0].atoms.grad.any()
+
+
+def test_a_model_made_in_inference_mode_generates(input_ids):
+    """Its parameters do not count their changes."""
+    with torch.inference_mode():
+        model = make("gpt", **WAYS["masa"])
+        double_in_place(model)
+        written = generate(model, input_ids, do_sample=False).sequences
+        assert torch.equal(written, generate(model, input_ids, do_sample=False, use_cache=False).sequences)
+
+
+def test_nothing_is_kept_when_a_generation_is_over(input_ids):
+    model = make("gpt", **WAYS["masa"])
+    cache = DynamicCache(config=model.config)
+    logits(model, input_ids, past_key_values=cache)
+    assert cache in depth_sharing._KEPT
+    copy.deepcopy(model), pickle.dumps(cache)
+    del cache
+    gc.collect()
+    assert not depth_sharing._KEPT
+
+
 # Saving
 
 
@@ -441,19 +530,21 @@ def test_shared_tensors_are_saved_once_and_load_bit_by_bit(kind, scheme, way, re
     auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
     loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.equal(logits(loaded.eval(), input_ids), logits(model, input_ids))
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    torch.testing.assert_close(logits(loaded.eval(), input_ids), logits(model, input_ids))
 
 
 def test_fixed_coefficients_are_those_of_the_network(kind, input_ids, tmp_path):
     model = make(kind, depth_shared_matrices="qkvo", **WAYS["masa_network"])
     expected = logits(model, input_ids)
     fix_coefficients(model)
-    assert torch.equal(logits(model, input_ids), expected)
+    torch.testing.assert_close(logits(model, input_ids), expected)
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.config.coefficient_source == "direct"
-    assert torch.equal(logits(loaded.eval(), input_ids), expected)
+    torch.testing.assert_close(logits(loaded.eval(), input_ids), expected)
 
 
 @pytest.mark.parametrize("way", ["masa", "sequential"])

@@ -57,7 +57,7 @@ class Doubled(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("head_class", [torch.nn.Linear, Doubled])
+@pytest.mark.parametrize("head_class", [torch.nn.Linear, losses.VocabularyHead, Doubled])
 def test_pieces_make_the_whole(monkeypatch, head_class, with_bias):
     torch.manual_seed(0)
     head = head_class(8, 31, bias=with_bias)
@@ -71,6 +71,58 @@ def test_pieces_make_the_whole(monkeypatch, head_class, with_bias):
     pairs = zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True)
     for got_gradient, expected_gradient in pairs:
         torch.testing.assert_close(got_gradient, expected_gradient)
+
+
+def test_the_loss_is_that_of_the_logits_whatever_the_head_does(kind, input_ids, labels):
+    """Hooks on the head take part in the loss, weight normalisation among them."""
+    model = tiny_model(kind).train()
+    head = model.get_output_embeddings()
+    torch.nn.init.normal_(head.weight, std=0.1)  # the padding token's row of zeros has no norm
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(head)
+    with torch.no_grad():
+        head.weight_g.mul_(2)
+    head.register_forward_hook(lambda module, inputs, logits: logits.tanh())
+    out = model(input_ids, labels=labels, skip_logits=False)
+    ahead = 0 if kind == "bert" else 1
+    expected = cross_entropy(out.logits[:, : 12 - ahead].flatten(0, 1), labels[:, ahead:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+    assert head.weight_g.grad.any()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_func(kind, input_ids, labels, training):
+    """Gradients by `torch.func`, of the whole batch and row by row, are those of autograd."""
+    model = tiny_model(kind, attn_implementation="eager").train(training)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, input_ids, labels):
+        return torch.func.functional_call(model, parameters, (input_ids,), {"labels": labels}).loss
+
+    def by_autograd(*batch):
+        gradients = torch.autograd.grad(model(batch[0], labels=batch[1]).loss, parameters.values())
+        return dict(zip(parameters, gradients, strict=True))
+
+    whole = torch.func.grad(loss)(parameters, input_ids, labels)
+    torch.testing.assert_close(whole, by_autograd(input_ids, labels))
+    rows = input_ids[:, None], labels[:, None]
+    by_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, *rows)
+    for i, row in enumerate(zip(*rows, strict=True)):
+        torch.testing.assert_close({name: g[i] for name, g in by_row.items()}, by_autograd(*row))
+
+    # The parameters by closure: the head's own rule.
+    embeddings = model.get_input_embeddings()(input_ids).detach()
+
+    def of_embeddings(embeddings, labels):
+        return model(inputs_embeds=embeddings, labels=labels).loss
+
+    variable = embeddings.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(of_embeddings(variable, labels), variable)
+    torch.testing.assert_close(torch.func.grad(of_embeddings)(embeddings, labels), expected)
+    losses_of_rows = torch.func.vmap(of_embeddings)(embeddings[:, None], labels[:, None])
+    for i in range(2):
+        torch.testing.assert_close(losses_of_rows[i], of_embeddings(embeddings[i : i + 1], labels[i : i + 1]))
 
 
 def test_mixed_precision_gives_nearly_the_same_gradients(kind, input_ids, labels):

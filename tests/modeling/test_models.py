@@ -246,6 +246,47 @@ def test_packed_documents_are_as_if_alone(kind, scheme, implementation, input_id
         torch.testing.assert_close(packed[row : row + 1, start:end], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_documents_by_position_ids_are_as_if_alone(scheme, implementation, input_ids):
+    """A batch of transformers' DataCollatorWithFlattening, longer than the positions, with and without a cache."""
+    lengths = [30, 7, 25]
+    tokens = torch.randint(3, 99, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    model = tiny_model("gpt", attention_scheme=scheme)
+    model.set_attn_implementation(implementation)
+    for use_cache in (False, True):
+        flattened = logits(model, tokens, position_ids=position_ids, use_cache=use_cache)
+        alone = [logits(model, part) for part in tokens.split(lengths, dim=1)]
+        torch.testing.assert_close(flattened, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_of_documents_may_be_longer_than_the_positions(kind, input_ids):
+    lengths = [30, 7, 25]
+    tokens = torch.randint(3, 99, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    document_ids = torch.arange(3).repeat_interleave(torch.tensor(lengths))[None]
+    model = tiny_model(kind)
+    packed = logits(model, tokens, document_ids=document_ids)
+    alone = [logits(model, part) for part in tokens.split(lengths, dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"a position 61, but max_position_embeddings=40"):
+        model(tokens, document_ids=document_ids * 0)
+
+
+def test_an_encoder_takes_position_ids_as_bert_does():
+    """Stock BERT sees no documents in them; rows longer than the positions are taken."""
+    stock = BertForMaskedLM(BertConfig(**TINY, **NO_DROPOUT)).eval()
+    model = tiny_model("bert", attention_scheme="standard")
+    model.load_state_dict(stock.state_dict())
+    tokens = torch.randint(3, 99, (2, 62), generator=torch.Generator().manual_seed(0))
+    position_ids = (torch.arange(62) % 31).expand(2, -1)
+    expected = logits(stock, tokens, position_ids=position_ids)
+    torch.testing.assert_close(logits(model, tokens, position_ids=position_ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_beyond_the_embeddings_are_refused(kind, input_ids):
+    with pytest.raises(ValueError, match=r"a position 40, but max_position_embeddings=40"):
+        tiny_model(kind)(input_ids, position_ids=torch.arange(29, 41)[None])
+
+
 def test_flash_attention_is_given_the_documents(kind, input_ids):
     """No flash kernel runs on a CPU: what it would be told is checked instead."""
     from shared_bert.modeling.packing import attention_inputs
@@ -258,6 +299,18 @@ def test_flash_attention_is_given_the_documents(kind, input_ids):
     assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 5, 12, 15, 21, 24]
     assert told["cu_seq_lens_q"].dtype == torch.int32
     assert told["max_length_q"] == told["max_length_k"] == 12
+
+
+def test_flash_attention_is_given_the_positions(input_ids):
+    """From which it reads the documents of a padding-free batch, as in stock models."""
+    from shared_bert.modeling.packing import attention_inputs
+
+    config = tiny_config("gpt")
+    config._attn_implementation = "flash_attention_2"
+    position_ids = torch.arange(12)[None] % 5
+    mask, told = attention_inputs(config, True, torch.zeros(1, 12, 32), position_ids=position_ids)
+    assert mask is None
+    assert told == {"position_ids": position_ids}
 
 
 def test_document_ids_go_with_no_mask(kind, input_ids):
@@ -330,8 +383,10 @@ def test_saved_models_load_bit_by_bit(kind, scheme, input_ids, tmp_path):
     loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     again = auto.from_pretrained(tmp_path)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.equal(logits(loaded.eval(), input_ids), logits(model, input_ids))
-    assert torch.equal(logits(again.eval(), input_ids), logits(model, input_ids))
+    for model_loaded in (loaded.eval(), again.eval()):
+        for name, tensor in model_loaded.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
+        torch.testing.assert_close(logits(model_loaded, input_ids), logits(model, input_ids))
     assert json.loads((tmp_path / "config.json").read_text())["attention_scheme"] == scheme
 
 

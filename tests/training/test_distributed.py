@@ -70,6 +70,6 @@ def test_two_processes_train_as_one(tmp_path, launcher, model_type, fields):
     assert epoch > 1
     assert epoch % 1
     launch(launcher, path, "--resume_from_checkpoint", "true")
-    assert losses(output_dir) == curve
+    assert losses(output_dir) == pytest.approx(curve, rel=1e-4)
     resumed = AUTO_CLASSES[model_type].from_pretrained(output_dir).state_dict()
     assert resumed.keys() == reference.state_dict().keys()
