@@ -4,6 +4,7 @@ python scripts/benchmark.py train                      # the table of the README
 python scripts/benchmark.py train --task mlm --shapes 8x128 --scheme pairwise
 python scripts/benchmark.py train --device cuda --precision bf16 --compile
 python scripts/benchmark.py depth                      # what assembling the matrices of MASA adds to a step
+python scripts/benchmark.py decode                     # decoding with MASA beside matrices of each layer's own
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import shared_bert
 from shared_bert.command_line import reports_user_errors
-from shared_bert.evaluation import StepSettings, compare_training_steps, environment
+from shared_bert.evaluation import StepSettings, compare_decoding, compare_training_steps, environment
 from shared_bert.training.arguments import read_overrides
 
 DEFAULT_SCHEMES = {"mlm": "shared", "clm": "query_free"}
@@ -86,6 +87,25 @@ def depth(arguments: argparse.Namespace):
     write(arguments, rows)
 
 
+def decode(arguments: argparse.Namespace):
+    rows = []
+    print(f"{'scheme':11} {'batch':>9} {'own ms':>8} {'shared ms':>9} {'speedup':>8} {'quartiles':>16}")
+    for batch in arguments.shapes:
+        own = step_settings(arguments, "clm", batch, arguments.scheme)
+        sharing = tuple(read_overrides(arguments.sharing).items())
+        compared = {"own": own, "shared": replace(own, model_fields=own.model_fields + sharing)}
+        row = compare_decoding(compared, arguments.new_tokens, arguments.rounds)
+        rows.append(row)
+        own_ms, shared_ms = (1000 * seconds for seconds in row["seconds_per_token"].values())
+        low, high = row["speedup_quartiles"][0], row["speedup_quartiles"][-1]
+        print(
+            f"{arguments.scheme:11} {batch[0]:>4}x{batch[1]:<4} {own_ms:8.2f} {shared_ms:9.2f} "
+            f"{row['speedup']:7.2f}x {low:7.2f} to {high:.2f}",
+            flush=True,
+        )
+    write(arguments, rows)
+
+
 def write(arguments: argparse.Namespace, rows: list[dict]):
     result = {"commit": commit(), **environment(arguments.device), "results": rows}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +129,14 @@ def main(arguments: list[str]):
     command.add_argument("--sharing", default=masa, help="config fields of the sharing model: a=1,b=x; default: masa")
     add_common_options(command, [(8, 512), (32, 128)])
     command.set_defaults(run=depth, output=Path("runs/benchmark_depth.json"))
+    command = commands.add_parser("decode", help="decoding beside that of layers with matrices of their own")
+    command.add_argument("--scheme", choices=shared_bert.SCHEMES, default="standard")
+    masa = "depth_sharing=masa,num_atoms=3,depth_shared_matrices=qkvo"
+    command.add_argument("--sharing", default=masa, help="config fields of the sharing model: a=1,b=x; default: masa")
+    command.add_argument("--new_tokens", type=int, default=128)
+    add_common_options(command, [(1, 64)])
+    shape = "hidden_size=512,num_hidden_layers=8,num_attention_heads=8,intermediate_size=2048,vocab_size=8192"
+    command.set_defaults(run=decode, model_fields=shape, output=Path("runs/benchmark_decode.json"))
     parsed = parser.parse_args(arguments)
     parsed.run(parsed)
 

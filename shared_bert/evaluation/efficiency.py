@@ -1,4 +1,4 @@
-"""Speed and memory of a training step, beside that of another model of the same shape.
+"""Speed and memory of a training step, and speed of decoding, beside that of another model of the same shape.
 
 Machines are shared and noisy, so the two models take turns, step by step, and the ratio of their median times is
 what counts. A step is forward, backward and an AdamW update on the same random batch.
@@ -9,6 +9,7 @@ import platform
 import re
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,9 @@ class TrainingStep:
 
     def __init__(self, settings: StepSettings):
         self.settings = settings
-        torch.manual_seed(0)
-        config = (_stock_config if settings.attention_scheme is None else _shared_config)(settings)
-        auto = AutoModelForMaskedLM if settings.task == "mlm" else AutoModelForCausalLM
-        self.model = auto.from_config(config, attn_implementation="sdpa").to(settings.device).train()
+        self.model = _model(settings).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.batch = _batch(settings, config.vocab_size)
+        self.batch = _batch(settings, self.model.config.vocab_size)
         self.forward = torch.compile(self.model) if settings.compiled else self.model
 
     def __call__(self) -> float:
@@ -68,6 +66,30 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
+
+
+class Decoding:
+    """A model and a prompt; a call continues it greedily by `new_tokens` tokens.
+
+    Args:
+        settings: of the "clm" task, in fp32; the sequence is the prompt.
+    """
+
+    def __init__(self, settings: StepSettings, new_tokens: int):
+        self.model = _model(settings).eval()
+        self.prompt = _batch(settings, self.model.config.vocab_size)["input_ids"]
+        self.options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
+
+    def __call__(self):
+        mask = torch.ones_like(self.prompt)
+        self.model.generate(self.prompt, attention_mask=mask, pad_token_id=0, **self.options).cpu()
+
+
+def _model(settings: StepSettings):
+    torch.manual_seed(0)
+    config = (_stock_config if settings.attention_scheme is None else _shared_config)(settings)
+    auto = AutoModelForMaskedLM if settings.task == "mlm" else AutoModelForCausalLM
+    return auto.from_config(config, attn_implementation="sdpa").to(settings.device)
 
 
 def _stock_config(settings: StepSettings):
@@ -134,29 +156,57 @@ def compare_training_steps(compared: dict[str, StepSettings], rounds: int = 9, w
         `speedup`, the ratio of the median seconds (above 1 where the second model is faster), the quartiles of the
         ratios round by round, and `memory_ratio`, second to first.
     """
-    steps = {name: TrainingStep(settings) for name, settings in compared.items()}
-    times = {name: [] for name in steps}
-    for round_ in range(warmup + rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()  # reads the loss back, so a GPU has finished too
-            if round_ >= warmup:
-                times[name].append(time.perf_counter() - start)
-    del steps, step
+    times = _take_turns({name: TrainingStep(settings) for name, settings in compared.items()}, rounds, warmup)
     first, second = compared
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    ratios = [before / after for before, after in zip(times[first], times[second], strict=True)]
+    seconds = {name: statistics.median(measured) for name, measured in times.items()}
     tokens = {name: settings.batch_size * settings.sequence_length for name, settings in compared.items()}
     memory = {name: peak_memory(settings) for name, settings in compared.items()}
     return {
         "settings": {name: asdict(settings) for name, settings in compared.items()},
         "rounds": rounds,
-        "seconds_per_step": medians,
-        "speedup": medians[first] / medians[second],
-        "speedup_quartiles": statistics.quantiles(ratios, n=4) if rounds > 1 else ratios,
-        "tokens_per_second": {name: tokens[name] / seconds for name, seconds in medians.items()},
+        "seconds_per_step": seconds,
+        **_speedup(times),
+        "tokens_per_second": {name: tokens[name] / seconds[name] for name in compared},
         "peak_memory_bytes": memory,
         "memory_ratio": memory[second] / memory[first],
+    }
+
+
+def compare_decoding(compared: dict[str, StepSettings], new_tokens: int, rounds: int = 9, warmup: int = 1) -> dict:
+    """Times the decoding of two models in turns; arguments as of `compare_training_steps` and `Decoding`.
+
+    Returns:
+        By their names the settings and median seconds per new token (the prompt's share included); besides `speedup`
+        and the quartiles of the ratios round by round.
+    """
+    times = _take_turns({name: Decoding(settings, new_tokens) for name, settings in compared.items()}, rounds, warmup)
+    return {
+        "settings": {name: asdict(settings) for name, settings in compared.items()},
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "seconds_per_token": {name: statistics.median(seconds) / new_tokens for name, seconds in times.items()},
+        **_speedup(times),
+    }
+
+
+def _take_turns(jobs: dict[str, Callable], rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Return the seconds of each job in every round. A job waits for the device before it returns."""
+    times = {name: [] for name in jobs}
+    for round_ in range(warmup + rounds):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if round_ >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _speedup(times: dict[str, list[float]]) -> dict:
+    before, after = times.values()
+    ratios = [one / other for one, other in zip(before, after, strict=True)]
+    return {
+        "speedup": statistics.median(before) / statistics.median(after),
+        "speedup_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios,
     }
 
 

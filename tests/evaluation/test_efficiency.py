@@ -85,6 +85,27 @@ def test_the_overhead_of_depth_sharing_is_written_down(tmp_path):
     assert f"{row['overhead']:.1%}" in run.stdout
 
 
+@pytest.mark.slow
+def test_decoding_is_written_down(tmp_path):
+    output = tmp_path / "decode.json"
+    fields = ",".join(f"{name}={value}" for name, value in SHAPE)
+    run = subprocess.run(
+        [
+            *(sys.executable, "scripts/benchmark.py", "decode", "--shapes", "2x5", "--rounds", "3"),
+            *("--new_tokens", "4", "--model_fields", fields),
+            *("--sharing", "depth_sharing=masa,num_atoms=1", "--output", output),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    (row,) = json.loads(output.read_text())["results"]
+    seconds = row["seconds_per_token"]
+    assert row["speedup"] == pytest.approx(seconds["own"] / seconds["shared"])
+    assert dict(row["settings"]["shared"]["model_fields"])["num_atoms"] == 1
+    assert f"{row['speedup']:.2f}x" in run.stdout
+
+
 def test_a_wrong_option_is_named():
     run = subprocess.run(
         [sys.executable, "scripts/benchmark.py", "train", "--scheme", "sharde"], capture_output=True, text=True
