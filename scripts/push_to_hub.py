@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from shared_bert.command_line import reports_user_errors
+from shared_bert.conversion.families import STOCK_CLASSES
 from shared_bert.conversion.folders import load_model
-from shared_bert.conversion.stock import STOCK_CLASSES
 from shared_bert.data import load_tokenizer
 
 

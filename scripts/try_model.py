@@ -10,12 +10,10 @@ import sys
 import torch
 from transformers import pipeline
 
-from shared_bert import SharedBertForMaskedLM, SharedGptForCausalLM
 from shared_bert.command_line import reports_user_errors
+from shared_bert.conversion.families import FAMILIES, family_of
 from shared_bert.conversion.folders import load_model
 from shared_bert.data import load_tokenizer
-
-LANGUAGE_MODELS = (SharedBertForMaskedLM, SharedGptForCausalLM)
 
 
 def fill_mask(model, tokenizer, text: str):
@@ -37,9 +35,9 @@ def main(arguments: list[str]):
     parser.add_argument("text", nargs="+")
     parsed = parser.parse_args(arguments)
 
-    model = load_model(parsed.model, LANGUAGE_MODELS)
+    model = load_model(parsed.model, [family.language_model for family in FAMILIES.values()])
     tokenizer = load_tokenizer(parsed.model)
-    show = fill_mask if isinstance(model, SharedBertForMaskedLM) else write_on
+    show = {"mlm": fill_mask, "clm": write_on}[family_of(model.config).objective]
     print(f"{type(model).__name__} ({model.config.attention_scheme}), {model.num_parameters():,} parameters")
     for text in parsed.text:
         show(model, tokenizer, text)

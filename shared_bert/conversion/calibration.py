@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling import SharedBertForMaskedLM, SharedGptForCausalLM, SharedGptPreTrainedModel
 from .dense import attention_layers
+from .families import family_of
 
 _TOKENS_READ = 256  # of a batch, whose predictions are compared from layer to layer
 
@@ -62,7 +62,8 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tenso
         for i, layer in enumerate(layers)
     ]
     # Heads that read whole texts want inputs of their own; only one over the vocabulary is needed here.
-    reader = model if isinstance(model, SharedBertForMaskedLM | SharedGptForCausalLM) else model.base_model
+    family = family_of(model.config)
+    reader = model if family.is_language_model(model) else model.base_model
     was_training = model.training
     model.eval()
     tokens = read = 0
@@ -75,8 +76,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tenso
             states = reader(**batch, output_hidden_states=True).hidden_states
             tokens += int(is_text.sum())
             states = [state[is_text][:_TOKENS_READ] for state in states]
-            if isinstance(model, SharedGptPreTrainedModel):  # whose last state alone has passed the last norm
-                states[:-1] = map(model.base_model.ln_f, states[:-1])
+            states[:-1] = [family.normed(model, state) for state in states[:-1]]
             read += len(states[0])
             for i, (before, after) in enumerate(pairwise(states)):
                 drift[i] += float(_drift(model, before, after))
@@ -99,11 +99,8 @@ def _is_text(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _drift(model: PreTrainedModel, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Sums the drift over [tokens, hidden] states of neighbouring layers."""
-    if isinstance(model, SharedBertForMaskedLM):
-        before, after = model.cls.predictions(before), model.cls.predictions(after)
-    elif isinstance(model, SharedGptForCausalLM):
-        before, after = model.lm_head(before), model.lm_head(after)
-    else:
+    family = family_of(model.config)
+    if not family.is_language_model(model):
         return (1 - torch.cosine_similarity(before, after, dim=-1)).sum()
-    before, after = before.log_softmax(-1), after.log_softmax(-1)
+    before, after = (family.predict(model, state).log_softmax(-1) for state in (before, after))
     return torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum")

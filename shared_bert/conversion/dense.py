@@ -60,22 +60,10 @@ def _dense(attention: SelfAttention, projection_weight=None, output_weight=None)
     }
     identity = torch.eye(config.hidden_size, dtype=torch.float64, device=projection.weight.device)
     made["x"] = Affine(identity, torch.zeros_like(identity[0]))
-    query, key, value = made[scheme.query], made[scheme.key], made[scheme.value]
-    if scheme.diagonals:
-        query, key, value = (
-            _scaled(role, diagonal.double())
-            for role, diagonal in (
-                (query, attention.query_diagonal),
-                (key, attention.key_diagonal),
-                (value, attention.value_diagonal),
-            )
-        )
-    if scheme.pairwise:
-        transposed = attention.pairwise.double().transpose(1, 2)  # k = q·U, and weights are [out, in]
-        key = Affine(
-            (transposed @ key.weight.unflatten(0, (-1, head_dim))).flatten(0, 1),
-            (transposed @ key.bias.unflatten(0, (-1, head_dim, 1))).flatten(),
-        )
+    # An ingredient acts on the channels of a role, and so on the bias as on one more column of the weight.
+    roles = (torch.column_stack([made[name].weight, made[name].bias]) for name in scheme.roles)
+    own = {name: getattr(attention, name).double() for name in scheme.ingredient.shapes(config)}
+    query, key, value = (Affine(role[:, :-1], role[:, -1]) for role in scheme.ingredient.multiply_out(own, *roles))
     groups = attention.num_key_value_groups
     return DenseAttention(
         query=_scaled(query, attention.scaling * head_dim**0.5),

@@ -110,14 +110,17 @@ def spread_ranks(gains: list[list[torch.Tensor]], rank: int, costs: list[int]) -
 
 
 def turning_together(scheme: Scheme) -> list[tuple[str, ...]]:
-    """Names the matrices of a head that one rotation may turn without a change of attention ("o" backwards)."""
-    if scheme.diagonals:
-        return []  # each channel has its own weight
-    if scheme.key_is_value:
-        groups = [(scheme.query, scheme.key, "o")]
-    else:
-        groups = [(scheme.query, scheme.key), (scheme.value, "o")]
-    return [tuple(dict.fromkeys(group)) for group in groups if "x" not in group]
+    """Name the matrices of a head that one rotation may turn without a change of attention ("o" backwards).
+
+    The query's turns with the key's and the value's with the output's, and so do all that these have in common. The
+    input itself cannot be turned, nor what turns with it.
+    """
+    if not scheme.ingredient.can_turn:
+        return []
+    first, second = {scheme.query, scheme.key}, {scheme.value, "o"}
+    groups = [first | second] if first & second else [first, second]
+    in_order = (*scheme.matrices, "o")
+    return [tuple(name for name in in_order if name in group) for group in groups if "x" not in group]
 
 
 def can_align(config: SharedAttentionConfig) -> bool:
@@ -191,7 +194,7 @@ def align_layers(
             turns[group] = turns[group] @ turn
             own |= {name: own[name] @ turn for name in members}
     return [
-        _turned(_reordered(layer, order[i], heads), {group: turn[i] for group, turn in turns.items()}, config)
+        _turned(_reordered(layer, order[i], config), {group: turn[i] for group, turn in turns.items()}, config)
         for i, layer in enumerate(layers)
     ]
 
@@ -206,7 +209,7 @@ def _turned(
 ) -> FittedLayer:
     """Rotates the matrices of each group by [heads, head_dim, head_dim]."""
     heads, scheme = config.num_attention_heads, config.scheme
-    matrices, pairwise = dict(layer.matrices), layer.pairwise
+    matrices, ingredient = dict(layer.matrices), layer.ingredient
     for group, turn in turns.items():
         for name in group:
             weight, bias = matrices[name].weight, matrices[name].bias
@@ -216,9 +219,9 @@ def _turned(
                 weight = (turn.mT @ weight.unflatten(0, (heads, -1))).flatten(0, 1)
                 bias = (bias.unflatten(0, (heads, 1, -1)) @ turn).flatten()
             matrices[name] = Affine(weight, bias)
-        if scheme.pairwise and scheme.query in group:
-            pairwise = turn.mT @ pairwise @ turn
-    return replace(layer, matrices=matrices, pairwise=pairwise)
+        if scheme.query in group:
+            ingredient = scheme.ingredient.turn(ingredient, turn)
+    return replace(layer, matrices=matrices, ingredient=ingredient)
 
 
 def _best_orders(gain: torch.Tensor) -> torch.Tensor:
@@ -229,9 +232,9 @@ def _best_orders(gain: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.as_tensor(place).argsort() for place in places]).to(gain.device)
 
 
-def _reordered(layer: FittedLayer, order: torch.Tensor, heads: int) -> FittedLayer:
+def _reordered(layer: FittedLayer, order: torch.Tensor, config: SharedAttentionConfig) -> FittedLayer:
     def rows(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unflatten(0, (heads, -1))[order].flatten(0, 1)
+        return tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
 
     matrices = {
         name: Affine(rows(affine.weight.T).T, affine.bias)
@@ -239,9 +242,4 @@ def _reordered(layer: FittedLayer, order: torch.Tensor, heads: int) -> FittedLay
         else Affine(rows(affine.weight), rows(affine.bias))
         for name, affine in layer.matrices.items()
     }
-    return FittedLayer(
-        matrices,
-        None if layer.diagonals is None else torch.stack([rows(diagonal) for diagonal in layer.diagonals]),
-        None if layer.pairwise is None else layer.pairwise[order],
-        order,
-    )
+    return FittedLayer(matrices, config.scheme.ingredient.reorder(layer.ingredient, order), order)

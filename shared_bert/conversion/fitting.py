@@ -21,11 +21,12 @@ Of the biases, the key's never matters (it shifts all logits of a query alike), 
 exactly, and the query's is regressed on the new keys.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from ..modeling import SharedAttentionConfig
+from ..modeling.ingredients import Diagonals
 from .dense import Affine, DenseAttention
 
 _ITERATIONS = 20
@@ -36,11 +37,10 @@ _LEAST_EIGENVALUE = 1e-3
 
 @dataclass
 class FittedLayer:
-    """The parameters of a layer: its matrices by name ("o" is the output's), and what its scheme has besides."""
+    """The parameters of a layer: its matrices by name ("o" is the output's), and those of its scheme's ingredient."""
 
     matrices: dict[str, Affine]
-    diagonals: torch.Tensor | None = None  # of query, key and value: [3, hidden]
-    pairwise: torch.Tensor | None = None  # [heads, head_dim, head_dim]
+    ingredient: dict[str, torch.Tensor] = field(default_factory=dict)
     head_order: torch.Tensor | None = None  # which head of the stock layer stands where; None as they stood
 
 
@@ -159,7 +159,7 @@ def fit_scheme(
     heads.query, heads.query_bias = heads.query / scale, heads.query_bias / scale
     if autocorrelation is None:
         autocorrelation = torch.eye(config.hidden_size, dtype=torch.float64, device=heads.query.device)
-    return _FITS[config.attention_scheme](heads, autocorrelation, config)
+    return FITS[config.attention_scheme](heads, autocorrelation, config)
 
 
 def _fit_standard(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
@@ -211,21 +211,22 @@ def _fit_pairwise(heads: Heads, autocorrelation: torch.Tensor, config) -> Fitted
     size = _size_of(heads.query, heads.key) / _size_of(new)
     new, pairwise = new * size, inside.mT / size**2  # q·kᵀ = q·Uᵀ·qᵀ
     bias = _query_bias(heads, metric, new @ pairwise)
-    return FittedLayer({"q": joined(new, bias), **_grouped_value(heads, 1)}, pairwise=pairwise)
+    return FittedLayer({"q": joined(new, bias), **_grouped_value(heads, 1)}, {"pairwise": pairwise})
 
 
 def _fit_shared(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
+    has_diagonals = isinstance(config.scheme.ingredient, Diagonals)
     metric = Metric.of(autocorrelation)
     back, (query, key, value) = metric.reduce(heads.query, heads.key, heads.value)
     logits = query @ key.mT
     logits = (logits + logits.mT) / 2
     result = _relative(value @ heads.output @ heads.output.mT @ value.mT)
-    reachable = logits if config.scheme.diagonals else _positive_part(logits)
+    reachable = logits if has_diagonals else _positive_part(logits)
     size = logits.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
     subspace = _two_sided_subspace(reachable / size, heads.query.shape[-1], result)
     eigenvalues, vectors = torch.linalg.eigh(subspace.mT @ logits @ subspace)
     subspace = subspace @ vectors
-    if config.scheme.diagonals:
+    if has_diagonals:
         size = _size_of(heads.query, heads.key, heads.value) / _size_of(back @ subspace)
         size = size.expand(-1, 1, subspace.shape[-1])
     else:
@@ -237,11 +238,11 @@ def _fit_shared(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLa
     bias = _query_bias(heads, metric, new * weights)
     output = subspace.mT @ value @ heads.output / size.mT
     matrices = {"s": joined(new, bias), "o": _output(heads, output, bias)}
-    if not config.scheme.diagonals:
+    if not has_diagonals:
         return FittedLayer(matrices)
     root = weights.abs().sqrt()
-    diagonals = torch.stack([root * weights.sign(), root, torch.ones_like(root)])
-    return FittedLayer(matrices, diagonals=diagonals.flatten(1))
+    diagonals = {"query": root * weights.sign(), "key": root, "value": torch.ones_like(root)}
+    return FittedLayer(matrices, {f"{role}_diagonal": diagonal.flatten() for role, diagonal in diagonals.items()})
 
 
 def _fit_shared_kv(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
@@ -301,7 +302,7 @@ def _fit_value_free(heads: Heads, autocorrelation: torch.Tensor, config) -> Fitt
     )
 
 
-_FITS = {
+FITS = {
     "standard": _fit_standard,
     "symmetric": _fit_symmetric,
     "pairwise": _fit_pairwise,

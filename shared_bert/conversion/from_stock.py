@@ -11,9 +11,10 @@ from ..modeling.projections import LowRankLinear
 from .calibration import Calibration, calibrate
 from .dense import attention_layers, dense_layers, depth_sharing_of
 from .depth_fitting import Blocks, align_layers, can_align, check_scipy, fit_atoms, low_rank_factors, spread_ranks
-from .fitting import FittedLayer, Metric, fit_scheme
+from .families import STOCK_CLASSES
+from .fitting import FITS, FittedLayer, Metric, fit_scheme
 from .report import ConversionReport, attention_parameters, layer_errors
-from .stock import STOCK_CLASSES, build_like, read_stock, standard_config, to_stock
+from .stock import build_like, check_loaded, read_stock, standard_config, to_stock
 
 _CONFIG_FIELDS = (
     "depth_shared_matrices", "num_atoms", "num_groups", "rank", "layer_ranks", "num_key_value_heads",
@@ -66,8 +67,9 @@ def from_stock(
     _check(config, calibration is not None, dictionary_groups, spread_rank)
     if align and can_align(config):
         check_scipy()
-    if model.device.type == "meta":
-        raise ValueError("the model is on the device meta and has no weights: load it first")
+    check_loaded(model)
+    if attention_scheme not in FITS:
+        raise ValueError(f"{attention_scheme=} cannot be fitted; from_stock takes {', '.join(FITS)}")
     source = read_stock(to_stock(model) if is_ours else model)
     batches = None if calibration is None else list(calibration)
     measured = None if batches is None else calibrate(source, batches)
@@ -156,13 +158,8 @@ def _write_layer(attention: SelfAttention, layer: FittedLayer):
     matrices = [layer.matrices[name] for name in attention.scheme.matrices]
     _write_linear(attention.projection, torch.cat([m.weight for m in matrices]), torch.cat([m.bias for m in matrices]))
     _write_linear(attention.output, layer.matrices["o"].weight, layer.matrices["o"].bias)
-    if attention.scheme.diagonals:
-        for parameter, values in zip(
-            (attention.query_diagonal, attention.key_diagonal, attention.value_diagonal), layer.diagonals, strict=True
-        ):
-            parameter.copy_(values)
-    if attention.scheme.pairwise:
-        attention.pairwise.copy_(layer.pairwise)
+    for name, values in layer.ingredient.items():
+        getattr(attention, name).copy_(values)
 
 
 def _write_linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor):

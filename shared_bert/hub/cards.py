@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..conversion.families import STOCK_CLASSES, family_of
 from ..conversion.report import attention_parameters
-from ..conversion.stock import STOCK_CLASSES
 
 # A card that says so is replaced by the next push; one without is somebody's own, and stays.
 MARK = "Written by shared_bert. The next push writes it anew, unless this line is taken out."
@@ -106,32 +106,33 @@ def model_card(
 
 
 def _summary(model_class: type, config: PreTrainedConfig, stock: str | None) -> str:
-    base = "BERT encoder" if config.model_type == "shared_bert" else "GPT-2-like decoder"
     exported = f", exported as a plain `{stock}`" if stock else ""
     return (
-        f"A {base} of {config.num_hidden_layers} layers and hidden size {config.hidden_size} "
+        f"A {family_of(config).description} of {config.num_hidden_layers} layers and hidden size {config.hidden_size} "
         f"(`{model_class.__name__}`) with `{config.attention_scheme}` attention{exported}."
     )
 
 
 def _sharing(config: PreTrainedConfig) -> str:
     scheme = config.scheme
-    roles = {role: getattr(scheme, role) for role in ("query", "key", "value")}
     made = ", ".join(
         f"the {role} is {'the input itself' if matrix == 'x' else f'made by matrix *{matrix}*'}"
-        for role, matrix in roles.items()
+        for role, matrix in zip(("query", "key", "value"), scheme.roles, strict=True)
     )
-    besides = "; diagonals scale the channels of each role" * scheme.diagonals
-    besides += "; a matrix per head stands between query and key" * scheme.pairwise
+    parts = [made]
+    if scheme.ingredient.words:
+        parts.append(scheme.ingredient.words)
     scale = scheme.scale if config.attention_scale is None else config.attention_scale
-    besides += f"; the logits are scaled by {scale:g}" * (scale != 1)
-    heads = (config.num_key_value_heads, config.num_attention_heads)
-    besides += f"; {heads[0]} heads of key and value serve {heads[1]} of the query" * (heads[0] != heads[1])
+    if scale != 1:
+        parts.append(f"the logits are scaled by {scale:g}")
+    key_value_heads, heads = config.num_key_value_heads, config.num_attention_heads
+    if key_value_heads != heads:
+        parts.append(f"{key_value_heads} heads of key and value serve {heads} of the query")
     matrices = "query, key, value and output" if config.depth_shared_matrices == "qkvo" else "query, key and value"
     depth = _DEPTH[config.depth_sharing].format(config=config, layers=config.num_hidden_layers, matrices=matrices)
     if config.depth_sharing not in ("none", "low_rank") and (config.rank or config.layer_ranks):
         depth += " Each layer adds a matrix of a low rank of its own."
-    return f"In each layer {made}{besides}. {depth}"
+    return f"In each layer {'; '.join(parts)}. {depth}"
 
 
 def _savings(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> list[dict[str, Any]]:

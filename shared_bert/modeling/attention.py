@@ -1,15 +1,13 @@
 """Self-attention of every scheme, folded: the trained parameters are the papers', the computation is not.
 
 - All distinct matrices are one `projection`; the roles are views of its result.
-- ``shared``: the logits depend on d_q ⊙ d_k only, so the query carries both and key = value = S; d_v passes
-  through the weighted mean and scales the input of the output matrix.
-- ``pairwise``: Q·(Q·U)ᵀ = (Q·Uᵀ)·Qᵀ, so U goes onto the query and the key stays a view (and is cached as one).
+- What a scheme has in addition to matrices (see `ingredients`) is put on the query and on the context, so that keys
+  and values stay views of the projection, and are cached as such.
 - Roles with the same matrix are handed on as the same tensor, never a copy.
 """
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .projections import make_linear
@@ -63,22 +61,12 @@ class SelfAttention(nn.Module):
         self.widths = list(config.matrix_widths("projection").values())
         self.projection = make_linear(config, layer_idx, "projection")
         self.output = make_linear(config, layer_idx, "output")
-        if self.scheme.diagonals:
-            self.query_diagonal = nn.Parameter(torch.empty(config.hidden_size))
-            self.key_diagonal = nn.Parameter(torch.empty(config.hidden_size))
-            self.value_diagonal = nn.Parameter(torch.empty(config.hidden_size))
-        if self.scheme.pairwise:
-            self.pairwise = nn.Parameter(torch.empty(config.num_attention_heads, self.head_dim, self.head_dim))
+        for name, shape in self.scheme.ingredient.shapes(config).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def init_weights(self):
-        """Starts the parameters that are not in a Linear; loaded ones are left alone."""
-        if self.scheme.diagonals:
-            for diagonal in (self.query_diagonal, self.key_diagonal, self.value_diagonal):
-                init.normal_(diagonal, mean=1.0, std=self.config.diagonal_init_std)
-        if self.scheme.pairwise and self.config.pairwise_init == "normal":
-            init.normal_(self.pairwise)
-        elif self.scheme.pairwise:
-            init.copy_(self.pairwise, torch.eye(self.head_dim).expand_as(self.pairwise))
+        """Start the parameters that are not in a Linear; loaded ones are left alone."""
+        self.scheme.ingredient.init_weights(self)
 
     def roles(
         self, hidden_states: torch.Tensor, projection_weight: torch.Tensor | None = None
@@ -89,13 +77,8 @@ class SelfAttention(nn.Module):
         # Under autocast a LayerNorm's result is float32 and a projection's is not; attention wants one type.
         tensors["x"] = hidden_states.to(projected.dtype)
         heads = {name: tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name, tensor in tensors.items()}
-        query, key, value = (heads[role] for role in (self.scheme.query, self.scheme.key, self.scheme.value))
-        if self.scheme.diagonals:
-            diagonal = (self.query_diagonal * self.key_diagonal).to(query.dtype)
-            query = query * diagonal.view(-1, 1, self.head_dim)
-        if self.scheme.pairwise:
-            query = query @ self.pairwise.transpose(1, 2).to(query.dtype)
-        return query, key, value
+        query, key, value = (heads[role] for role in self.scheme.roles)
+        return self.scheme.ingredient.fold_query(self, query), key, value
 
     def forward(
         self,
@@ -129,8 +112,7 @@ class SelfAttention(nn.Module):
             **kwargs,
         )
         context = context.reshape(*hidden_states.shape[:-1], -1)  # vLLM's attention returns [tokens, hidden]
-        if self.scheme.diagonals:
-            context = context * self.value_diagonal.to(context.dtype)
+        context = self.scheme.ingredient.fold_context(self, context)
         return _apply(self.output, context, output_weight), weights
 
 

@@ -36,6 +36,7 @@ from .loading import SafetensorsOnly
 from .losses import VocabularyHead, linear_cross_entropy, predicted_positions
 from .packing import attention_inputs, check_length, check_positions, document_positions
 from .projections import LowRankLinear, SharedLinear
+from .stock_names import StockName, read_stock_names
 
 
 class SharedBertAttentionNorm(nn.Module):
@@ -51,26 +52,21 @@ class SharedBertAttentionNorm(nn.Module):
 
 
 class SharedBertAttention(nn.Module):
+    stock_names = (
+        StockName("self.projection", ("self.query", "self.key", "self.value")),
+        StockName("self.output", ("output.dense",)),
+    )
+
     def __init__(self, config: SharedBertConfig, layer_idx: int):
         super().__init__()
         self.self = SelfAttention(config, layer_idx, is_causal=False)
         self.output = SharedBertAttentionNorm(config)
-        self.register_load_state_dict_pre_hook(_translate_stock_names)
+        if config.is_stock:
+            self.register_load_state_dict_pre_hook(read_stock_names)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         attended, _ = self.self(hidden_states, *args, **kwargs)
         return self.output(attended, hidden_states)
-
-
-def _translate_stock_names(module, state_dict, prefix, *args):
-    """Joins the query, key and value of a stock layer into one projection, where the scheme is ``standard``."""
-    if not module.self.config.is_stock or f"{prefix}self.query.weight" not in state_dict:
-        return
-    for kind in ("weight", "bias"):
-        state_dict[f"{prefix}self.projection.{kind}"] = torch.cat(
-            [state_dict.pop(f"{prefix}self.{role}.{kind}") for role in ("query", "key", "value")]
-        )
-        state_dict[f"{prefix}self.output.{kind}"] = state_dict.pop(f"{prefix}output.dense.{kind}")
 
 
 class SharedBertLayer(GradientCheckpointingLayer):

@@ -32,6 +32,7 @@ from .loading import SafetensorsOnly
 from .losses import VocabularyHead, linear_cross_entropy
 from .packing import attention_inputs, check_length, check_positions, document_positions
 from .projections import LowRankLinear, SharedLinear
+from .stock_names import StockName, read_stock_names
 
 
 class SharedGptMLP(nn.Module):
@@ -46,6 +47,13 @@ class SharedGptMLP(nn.Module):
 
 
 class SharedGptBlock(GradientCheckpointingLayer):
+    stock_names = (
+        StockName("attn.projection", ("attn.c_attn",), is_transposed=True),
+        StockName("attn.output", ("attn.c_proj",), is_transposed=True),
+        StockName("mlp.c_fc", ("mlp.c_fc",), is_transposed=True),
+        StockName("mlp.c_proj", ("mlp.c_proj",), is_transposed=True),
+    )
+
     def __init__(self, config: SharedGptConfig, layer_idx: int):
         super().__init__()
         self.ln_1 = _layer_norm(config)
@@ -54,7 +62,8 @@ class SharedGptBlock(GradientCheckpointingLayer):
         self.mlp = SharedGptMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.attn.output.adds_to_residual = self.mlp.c_proj.adds_to_residual = True
-        self.register_load_state_dict_pre_hook(_translate_stock_names)
+        if config.is_stock:
+            self.register_load_state_dict_pre_hook(read_stock_names)
 
     # Shared weights are positional, like all that wants a gradient through checkpointing.
     def forward(
@@ -74,20 +83,6 @@ class SharedGptBlock(GradientCheckpointingLayer):
 
 def _layer_norm(config: SharedGptConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
-
-
-def _translate_stock_names(module, state_dict, prefix, *args):
-    """Renames and transposes the matrices of a stock block, where the scheme is ``standard``."""
-    if not module.attn.config.is_stock or f"{prefix}attn.c_attn.weight" not in state_dict:
-        return
-    for stock, ours in (
-        ("attn.c_attn", "attn.projection"),
-        ("attn.c_proj", "attn.output"),
-        ("mlp.c_fc", "mlp.c_fc"),
-        ("mlp.c_proj", "mlp.c_proj"),
-    ):
-        state_dict[f"{prefix}{ours}.weight"] = state_dict.pop(f"{prefix}{stock}.weight").T
-        state_dict[f"{prefix}{ours}.bias"] = state_dict.pop(f"{prefix}{stock}.bias")
 
 
 class SharedGptPreTrainedModel(SafetensorsOnly, PreTrainedModel):

@@ -15,22 +15,28 @@ input itself. Two roles with the same name share one matrix, and so one projecti
 
 from dataclasses import dataclass
 
+from .ingredients import Diagonals, Ingredient, Pairwise
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """A row of the table: the matrix behind each role, and what a scheme has besides matrices."""
+    """A row of the table: the matrix behind each role, and what a scheme has in addition."""
 
     query: str
     key: str
     value: str
-    diagonals: bool = False  # d_q, d_k, d_v scale the channels of the roles
-    pairwise: bool = False  # one U [head_dim, head_dim] per head stands between query and key
+    ingredient: Ingredient = Ingredient()  # noqa: RUF009 - it has no state
     scale: float = 1.0  # of the logits, as a multiple of 1/sqrt(head_dim)
+
+    @property
+    def roles(self) -> tuple[str, str, str]:
+        """What makes query, key and value."""
+        return self.query, self.key, self.value
 
     @property
     def matrices(self) -> tuple[str, ...]:
         """The distinct matrices, in the order of the roles they first appear in."""
-        return tuple(dict.fromkeys(role for role in (self.query, self.key, self.value) if role != "x"))
+        return tuple(dict.fromkeys(role for role in self.roles if role != "x"))
 
     @property
     def key_is_value(self) -> bool:
@@ -40,14 +46,14 @@ class Scheme:
     @property
     def can_group(self) -> bool:
         """Whether key and value may have fewer heads: neither is the query's matrix or the input."""
-        return not {self.key, self.value} & {self.query, "x"}
+        return type(self.ingredient) is Ingredient and not {self.key, self.value} & {self.query, "x"}
 
 
 SCHEMES = {
     "standard": Scheme("q", "k", "v"),
     "symmetric": Scheme("q", "q", "v"),
-    "pairwise": Scheme("q", "q", "v", pairwise=True),
-    "shared": Scheme("s", "s", "s", diagonals=True),
+    "pairwise": Scheme("q", "q", "v", ingredient=Pairwise()),
+    "shared": Scheme("s", "s", "s", ingredient=Diagonals()),
     "unified": Scheme("s", "s", "s"),
     "query_free": Scheme("x", "k", "v", scale=0.5),
     "key_free": Scheme("q", "x", "v"),

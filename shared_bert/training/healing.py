@@ -11,15 +11,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..conversion.stock import SHARED_CLASSES, STOCK_CLASSES, read_stock
+from ..conversion.families import SHARED_CLASSES, STOCK_CLASSES, family_of
+from ..conversion.stock import read_stock
 from ..data import Blocks, StreamedBlocks, collate_blocks
 from ..data.packing import PADDING
-from ..modeling import (
-    SharedBertForMaskedLM,
-    SharedBertForMultipleChoice,
-    SharedGptForCausalLM,
-    SharedGptPreTrainedModel,
-)
+from ..modeling import SharedBertForMultipleChoice
 from .arguments import DataArguments, PretrainingArguments
 from .checkpoints import checkpoint_to_resume
 from .loss_curve import save_loss_curve
@@ -27,8 +23,6 @@ from .models import restore_use_cache
 from .pretraining import EndlessBlocks, RunRemover, check_launch, check_streaming, pack_split, read_documents
 from .run_record import RunRecorder
 from .trainer import PretrainingTrainer, uses_fsdp
-
-_LANGUAGE_MODELS = (SharedBertForMaskedLM, SharedGptForCausalLM)
 
 
 def heal(
@@ -72,7 +66,7 @@ def heal(
     with training_args.main_process_first(local=False, desc="reading and packing the text"):
         blocks = healing_blocks(tokenizer, data_args, training_args)
 
-    if isinstance(model, SharedGptPreTrainedModel) and model.config.pad_token_id is None:
+    if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # by which a classifier finds the ends of texts
     unused = _parameters_without_gradient(model)
     for parameter in unused:
@@ -98,9 +92,9 @@ def heal(
     evaluation = trainer.finish(metrics)
     if trainer.is_world_process_zero():
         title = f"{type(model).__name__} ({model.config.attention_scheme}, {model.config.depth_sharing}), healing"
-        has_predictions = isinstance(model, _LANGUAGE_MODELS)
-        log, loss_name = trainer.state.log_history, "error of states" + " + KL divergence (nats)" * has_predictions
-        save_loss_curve(training_args.output_dir, log, None, title, loss_name)
+        predicts_tokens = family_of(model.config).is_language_model(model)
+        loss_name = "error of states + KL divergence (nats)" if predicts_tokens else "error of states"
+        save_loss_curve(training_args.output_dir, trainer.state.log_history, None, title, loss_name)
         print(f"healed to a loss of {evaluation['eval_loss']:.4f}; the model is in {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub()
@@ -173,10 +167,10 @@ class HealingTrainer(PretrainingTrainer):
         self.teacher = teacher.to(self.args.device).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        predicts_tokens = isinstance(self.model, _LANGUAGE_MODELS)
+        predicts_tokens = family_of(self.model.config).is_language_model(self.model)
         teacher = self.teacher if predicts_tokens else self.teacher.base_model
         options = {"document_ids": inputs["document_ids"], "output_hidden_states": True}
-        if isinstance(self.model, SharedGptPreTrainedModel):
+        if "use_cache" in self.model.config.__dataclass_fields__:
             options["use_cache"] = False
         with torch.no_grad(), self.accelerator.autocast():
             expected = teacher(inputs["input_ids"], **options)
@@ -199,7 +193,7 @@ class HealingTrainer(PretrainingTrainer):
 
 def _parameters_without_gradient(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     """Lists what the loss does not depend on: a head that is not over the vocabulary, and a pooler."""
-    if isinstance(model, _LANGUAGE_MODELS):
+    if family_of(model.config).is_language_model(model):
         return []
     used = {id(p) for name, p in model.base_model.named_parameters() if not name.startswith("pooler.")}
     return [parameter for parameter in model.parameters() if id(parameter) not in used]

@@ -5,17 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import shared_bert
 
+from ..conversion.families import AUTO_CLASSES, FAMILIES
 from .arguments import ModelArguments
 from .checkpoints import UNFINISHED, publish
 from .yaml_files import check_keys, load_mapping
-
-# What each model type is trained to do: masked or causal language modelling.
-OBJECTIVES = {"shared_bert": "mlm", "shared_gpt": "clm"}
-_AUTO_CLASSES = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 
 
 def config_fields(arguments: ModelArguments) -> dict[str, Any]:
@@ -30,8 +27,8 @@ def config_fields(arguments: ModelArguments) -> dict[str, Any]:
         stated = load_mapping(arguments.config_name) if arguments.config_name else {}
     source = arguments.model_name_or_path or arguments.config_name
     model_type = stated.setdefault("model_type", arguments.model_type)
-    if model_type not in OBJECTIVES:
-        raise ValueError(f"model_type={model_type!r} of {source} must be one of {', '.join(OBJECTIVES)}")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r} of {source} must be one of {', '.join(FAMILIES)}")
     if arguments.model_type not in (None, model_type):
         raise ValueError(f"model_type={arguments.model_type!r}, but {source} describes a {model_type}")
     overrides = arguments.config_overrides or {}
@@ -50,7 +47,7 @@ def make_model(
     Raises:
         ValueError: the trained model lacks weights of this one, or has others.
     """
-    auto_class = _AUTO_CLASSES[OBJECTIVES[config.model_type]]
+    auto_class = AUTO_CLASSES[FAMILIES[config.model_type].objective]
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if model_name_or_path is None:
         return auto_class.from_config(config, **options)

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from ..conversion.families import FAMILIES
 from ..data import (
     Blocks,
     CausalLanguageModelingCollator,
@@ -26,7 +27,7 @@ from .arguments import DataArguments, ModelArguments, PretrainingArguments
 from .checkpoints import checkpoint_to_resume, remove_run
 from .loss_curve import save_loss_curve
 from .metrics import accuracy_of, likeliest_tokens
-from .models import OBJECTIVES, config_fields, make_model, restore_use_cache
+from .models import config_fields, make_model, restore_use_cache
 from .run_record import RunRecorder
 from .trainer import PretrainingTrainer, uses_fsdp
 
@@ -56,7 +57,7 @@ def pretrain(
     )
     check_launch(checkpoint, training_args)
     stated = config_fields(model_args)
-    objective = OBJECTIVES[stated["model_type"]]
+    objective = FAMILIES[stated["model_type"]].objective
     _check_arguments(stated, model_args, data_args, training_args)
     tokenizer_path = checkpoint or model_args.tokenizer_name
     if not (tokenizer_path or model_args.tokenizer_vocab_size):
@@ -158,7 +159,7 @@ def _check_arguments(
     stated: dict[str, Any], model_args: ModelArguments, data_args: DataArguments, training_args: PretrainingArguments
 ):
     check_streaming(data_args, training_args)
-    if data_args.whole_word_mask and OBJECTIVES[stated["model_type"]] != "mlm":
+    if data_args.whole_word_mask and FAMILIES[stated["model_type"]].objective != "mlm":
         raise ValueError(f"whole_word_mask=true is for masked models: a {stated['model_type']} masks nothing")
     config = AutoConfig.for_model(**stated)
     if data_args.block_size > config.max_position_embeddings:

@@ -12,8 +12,9 @@ import shared_bert
 from shared_bert import SCHEMES, from_stock, to_stock
 from shared_bert.conversion.calibration import calibrate
 from shared_bert.conversion.dense import attention_layers, dense_layers, depth_sharing_of
+from shared_bert.conversion.families import STOCK_CLASSES
 from shared_bert.conversion.fitting import nearest_rotation
-from shared_bert.conversion.stock import STOCK_CLASSES, read_stock
+from shared_bert.conversion.stock import read_stock
 
 from ..conftest import NO_DROPOUT, TINY, TOKENS
 from .test_to_stock import random_model
@@ -92,7 +93,7 @@ def test_a_model_with_shared_depth_comes_back(kind, scheme, input_ids):
     masa = {"depth_sharing": "masa", "num_atoms": 2, "depth_shared_matrices": "qkvo"}
     model = random_model(LANGUAGE_MODELS[kind], attention_scheme=scheme, attention_bias=True, **masa)
     # The fit of a scheme with rotations of its own may find another basis, in which fewer atoms need not do.
-    if SCHEMES[scheme].diagonals or SCHEMES[scheme].key_is_value or scheme in ("symmetric", "pairwise"):
+    if not SCHEMES[scheme].ingredient.can_turn or SCHEMES[scheme].key_is_value or scheme in ("symmetric", "pairwise"):
         masa["num_atoms"] = LAYERS
     converted, _ = from_stock(model, scheme, **masa)
     assert_same_outputs(model, converted, input_ids)
@@ -220,7 +221,7 @@ def turned_copies(scheme: str) -> torch.nn.Module:
             order = torch.arange(HEADS)  # the heads of the input stand where they are
         identity = torch.eye(HEAD_DIM).expand(SQUARE)
         turns = {row.query: turn, row.key: turn, row.value: turn_value}
-        if row.diagonals:
+        if not row.ingredient.can_turn:
             turns = dict.fromkeys(turns, identity)
         for free in ("x" in (row.query, row.key)) * [row.query, row.key] + (row.value == "x") * ["x"]:
             turns[free] = identity
@@ -233,10 +234,10 @@ def turned_copies(scheme: str) -> torch.nn.Module:
             back = turns[row.value]
             columns = layer.output.weight.T.reshape(WIDE)
             layer.output.weight.copy_((back.mT @ columns)[order].reshape(HIDDEN, HIDDEN).T)
-            if row.diagonals:
+            if not row.ingredient.can_turn:
                 for diagonal in (layer.query_diagonal, layer.key_diagonal, layer.value_diagonal):
                     diagonal.copy_(diagonal.view(HEADS, HEAD_DIM)[order].flatten())
-            if row.pairwise:
+            if row.ingredient.shapes(model.config).keys() == {"pairwise"}:
                 layer.pairwise.copy_((turn.mT @ layer.pairwise @ turn)[order])
     return model
 

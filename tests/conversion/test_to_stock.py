@@ -14,7 +14,8 @@ from transformers import (
 )
 
 import shared_bert
-from shared_bert.conversion.stock import STOCK_CLASSES, read_stock
+from shared_bert.conversion.families import STOCK_CLASSES
+from shared_bert.conversion.stock import read_stock
 
 from ..conftest import tiny_config
 

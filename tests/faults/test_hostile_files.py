@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer
 
+from shared_bert.conversion.families import STOCK_CLASSES
 from shared_bert.conversion.folders import load_model
-from shared_bert.conversion.stock import STOCK_CLASSES
 from shared_bert.data import (
     Blocks,
     CausalLanguageModelingCollator,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, modeling_utils
 
 import shared_bert
+from shared_bert.conversion.families import STOCK_CLASSES
 from shared_bert.conversion.folders import load_model
-from shared_bert.conversion.stock import STOCK_CLASSES
 from shared_bert.data import load_tokenizer
 from shared_bert.training.checkpoints import checkpoint_damage
 

@@ -111,7 +111,7 @@ def test_the_card_says_what_the_model_is(hub, saved):
     assert f'AutoModelForMaskedLM.from_pretrained("{REPO}", trust_remote_code=True)' in text
 
 
-@pytest.mark.parametrize("cls", [*shared_bert.conversion.stock.STOCK_CLASSES])
+@pytest.mark.parametrize("cls", [*shared_bert.conversion.families.STOCK_CLASSES])
 def test_every_class_has_a_card(hub, cls):
     kind = "bert" if cls.config_class is shared_bert.SharedBertConfig else "gpt"
     tiny_model(kind, cls).push_to_hub(REPO)

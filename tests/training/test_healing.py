@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import shared_bert
-from shared_bert.conversion.stock import STOCK_CLASSES
+from shared_bert.conversion.families import STOCK_CLASSES
 from shared_bert.data import load_documents, train_tokenizer
 from shared_bert.training import DataArguments, PretrainingArguments, heal
 from shared_bert.training.healing import HealingTrainer, healing_loss
