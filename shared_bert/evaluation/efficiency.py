@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPT2Config
+from transformers import PreTrainedModel
 
-from ..modeling import SharedBertConfig, SharedGptConfig
+from ..conversion.families import AUTO_CLASSES, FAMILIES
 
 MLM_PROBABILITY = 0.15
+# Config fields by task: decoders are pre-trained without dropout.
+_FIELDS = {"mlm": {}, "clm": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -85,29 +87,16 @@ class Decoding:
         self.model.generate(self.prompt, attention_mask=mask, pad_token_id=0, **self.options).cpu()
 
 
-def _model(settings: StepSettings):
+def _model(settings: StepSettings) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = (_stock_config if settings.attention_scheme is None else _shared_config)(settings)
-    auto = AutoModelForMaskedLM if settings.task == "mlm" else AutoModelForCausalLM
-    return auto.from_config(config, attn_implementation="sdpa").to(settings.device)
-
-
-def _stock_config(settings: StepSettings):
-    fields = dict(settings.model_fields)
-    if settings.task == "mlm":
-        return BertConfig(**fields)
-    fields = {{"intermediate_size": "n_inner"}.get(name, name): value for name, value in fields.items()}
-    return GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields)
-
-
-def _shared_config(settings: StepSettings):
-    fields = dict(settings.model_fields)
-    if settings.task == "mlm":
-        return SharedBertConfig(attention_scheme=settings.attention_scheme, **fields)
-    # Stock GPT-2's vocabulary, activation and biases: what differs is the attention.
-    stock = {"vocab_size": 50257, "hidden_act": "gelu_new"}
-    biases = {"attention_bias": True, "mlp_bias": True, "norm_bias": True}
-    return SharedGptConfig(attention_scheme=settings.attention_scheme, **(biases | stock | fields))
+    family = next(family for family in FAMILIES.values() if family.objective == settings.task)
+    # The stock model's own shape, biases and activation: what differs is the attention.
+    like_stock = family.from_stock_config(family.stock_config())
+    fields = {"attention_scheme": settings.attention_scheme or "standard", **_FIELDS[settings.task]}
+    config = like_stock.with_attention(**fields | dict(settings.model_fields))
+    if settings.attention_scheme is None:
+        config = family.to_stock_config(config)
+    return AUTO_CLASSES[settings.task].from_config(config, attn_implementation="sdpa").to(settings.device)
 
 
 def _batch(settings: StepSettings, vocab_size: int) -> dict:

@@ -237,7 +237,7 @@ def turned_copies(scheme: str) -> torch.nn.Module:
             if not row.ingredient.can_turn:
                 for diagonal in (layer.query_diagonal, layer.key_diagonal, layer.value_diagonal):
                     diagonal.copy_(diagonal.view(HEADS, HEAD_DIM)[order].flatten())
-            if row.ingredient.shapes(model.config).keys() == {"pairwise"}:
+            if hasattr(layer, "pairwise"):
                 layer.pairwise.copy_((turn.mT @ layer.pairwise @ turn)[order])
     return model
 
