@@ -42,24 +42,29 @@ def depth_sharing_of(model: PreTrainedModel) -> DepthSharing | None:
 def dense_layers(model: PreTrainedModel) -> list[DenseAttention]:
     """Multiplies out the attention of every layer of a `Shared…` model, in float64."""
     layers = attention_layers(model)
+    return [_dense(layer, matrices) for layer, matrices in zip(layers, own_matrices(model), strict=True)]
+
+
+@torch.no_grad()
+def own_matrices(model: PreTrainedModel) -> list[dict[str, Affine]]:
+    """Gives the matrices of every layer's scheme by name ("o" is the output's), their storage over the depth apart."""
+    layers = attention_layers(model)
     shared = shared_weights(depth_sharing_of(model), len(layers))
-    return [_dense(layer, *weights) for layer, weights in zip(layers, shared, strict=True)]
+    return [_matrices(layer, *weights) for layer, weights in zip(layers, shared, strict=True)]
 
 
-def _dense(attention: SelfAttention, projection_weight=None, output_weight=None) -> DenseAttention:
-    config, scheme, head_dim = attention.config, attention.scheme, attention.head_dim
+def _matrices(attention: SelfAttention, projection_weight=None, output_weight=None) -> dict[str, Affine]:
     projection = _affine(attention.projection, projection_weight)
-    made = {
-        name: Affine(weight, bias)
-        for name, weight, bias in zip(
-            scheme.matrices,
-            projection.weight.split(attention.widths),
-            projection.bias.split(attention.widths),
-            strict=True,
-        )
-    }
-    identity = torch.eye(config.hidden_size, dtype=torch.float64, device=projection.weight.device)
-    made["x"] = Affine(identity, torch.zeros_like(identity[0]))
+    parts = (tensor.split(attention.widths) for tensor in (projection.weight, projection.bias))
+    made = {name: Affine(*part) for name, *part in zip(attention.scheme.matrices, *parts, strict=True)}
+    return made | {"o": _affine(attention.output, output_weight)}
+
+
+def _dense(attention: SelfAttention, made: dict[str, Affine]) -> DenseAttention:
+    scheme, head_dim = attention.scheme, attention.head_dim
+    output = made["o"]
+    identity = torch.eye(len(output.weight)).to(output.weight)
+    made = {**made, "x": Affine(identity, torch.zeros_like(identity[0]))}
     query, key, value = made[scheme.query], made[scheme.key], made[scheme.value]
     if scheme.diagonals:
         query, key, value = (
@@ -81,7 +86,7 @@ def _dense(attention: SelfAttention, projection_weight=None, output_weight=None)
         query=_scaled(query, attention.scaling * head_dim**0.5),
         key=_repeat_heads(key, head_dim, groups),
         value=_repeat_heads(value, head_dim, groups),
-        output=_affine(attention.output, output_weight),
+        output=output,
     )
 
 
