@@ -8,9 +8,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import shared_bert
 from shared_bert.conversion import families
-from shared_bert.conversion.dense import Affine
+from shared_bert.conversion.dense import Affine, SchemeLayer
 from shared_bert.conversion.depth_fitting import align_layers
-from shared_bert.conversion.fitting import FittedLayer
 from shared_bert.evaluation import cost_table
 from shared_bert.modeling.configuration_shared_attention import checked
 from shared_bert.modeling.ingredients import Ingredient
@@ -66,7 +65,7 @@ def test_matrices_in_several_roles_turn_once(monkeypatch, scheme):
     def matrix():
         return Affine(torch.randn(32, 32, generator=generator, dtype=torch.float64), torch.zeros(32).double())
 
-    layers = [FittedLayer({name: matrix() for name in (*scheme.matrices, "o")}) for _ in range(2)]
+    layers = [SchemeLayer({name: matrix() for name in (*scheme.matrices, "o")}) for _ in range(2)]
 
     def products(layer):
         query, key, value = (layer.matrices[role].weight.view(4, 8, 32) for role in scheme.roles)

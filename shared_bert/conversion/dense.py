@@ -1,6 +1,6 @@
 """Attention multiplied out: what a layer of any scheme and any depth sharing does, as stock matrices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +16,15 @@ class Affine:
 
     weight: torch.Tensor
     bias: torch.Tensor
+
+
+@dataclass
+class SchemeLayer:
+    """The parameters of a layer: its matrices by name ("o" is the output's), and those of its scheme's ingredient."""
+
+    matrices: dict[str, Affine]
+    ingredient: dict[str, torch.Tensor] = field(default_factory=dict)
+    head_order: torch.Tensor | None = None  # which head of the stock layer stands where; None as they stood
 
 
 @dataclass
@@ -39,37 +48,42 @@ def depth_sharing_of(model: PreTrainedModel) -> DepthSharing | None:
 
 
 @torch.no_grad()
-def dense_layers(model: PreTrainedModel) -> list[DenseAttention]:
-    """Multiplies out the attention of every layer of a `Shared…` model, in float64."""
+def scheme_layers(model: PreTrainedModel) -> list[SchemeLayer]:
+    """Return the parameters of every layer's scheme, in float64, however they are stored over the depth."""
     layers = attention_layers(model)
     shared = shared_weights(depth_sharing_of(model), len(layers))
-    return [_dense(layer, *weights) for layer, weights in zip(layers, shared, strict=True)]
+    return [_scheme_layer(layer, *weights) for layer, weights in zip(layers, shared, strict=True)]
 
 
-def _dense(attention: SelfAttention, projection_weight=None, output_weight=None) -> DenseAttention:
-    config, scheme, head_dim = attention.config, attention.scheme, attention.head_dim
+def _scheme_layer(attention: SelfAttention, projection_weight=None, output_weight=None) -> SchemeLayer:
     projection = _affine(attention.projection, projection_weight)
-    made = {
-        name: Affine(weight, bias)
-        for name, weight, bias in zip(
-            scheme.matrices,
-            projection.weight.split(attention.widths),
-            projection.bias.split(attention.widths),
-            strict=True,
-        )
-    }
-    identity = torch.eye(config.hidden_size, dtype=torch.float64, device=projection.weight.device)
-    made["x"] = Affine(identity, torch.zeros_like(identity[0]))
+    parts = (tensor.split(attention.widths) for tensor in (projection.weight, projection.bias))
+    matrices = {name: Affine(*part) for name, *part in zip(attention.scheme.matrices, *parts, strict=True)}
+    matrices["o"] = _affine(attention.output, output_weight)
+    names = attention.scheme.ingredient.shapes(attention.config)
+    return SchemeLayer(matrices, {name: getattr(attention, name).double() for name in names})
+
+
+@torch.no_grad()
+def dense_layers(model: PreTrainedModel) -> list[DenseAttention]:
+    """Multiply out the attention of every layer of a `Shared…` model, in float64."""
+    return [_dense(*layer) for layer in zip(attention_layers(model), scheme_layers(model), strict=True)]
+
+
+def _dense(attention: SelfAttention, layer: SchemeLayer) -> DenseAttention:
+    scheme, head_dim, output = attention.scheme, attention.head_dim, layer.matrices["o"]
+    identity = torch.eye(len(output.weight)).to(output.weight)
+    made = {**layer.matrices, "x": Affine(identity, torch.zeros_like(identity[0]))}
     # An ingredient acts on the channels of a role, and so on the bias as on one more column of the weight.
     roles = (torch.column_stack([made[name].weight, made[name].bias]) for name in scheme.roles)
-    own = {name: getattr(attention, name).double() for name in scheme.ingredient.shapes(config)}
-    query, key, value = (Affine(role[:, :-1], role[:, -1]) for role in scheme.ingredient.multiply_out(own, *roles))
+    roles = scheme.ingredient.multiply_out(layer.ingredient, *roles)
+    query, key, value = (Affine(role[:, :-1], role[:, -1]) for role in roles)
     groups = attention.num_key_value_groups
     return DenseAttention(
         query=_scaled(query, attention.scaling * head_dim**0.5),
         key=_repeat_heads(key, head_dim, groups),
         value=_repeat_heads(value, head_dim, groups),
-        output=_affine(attention.output, output_weight),
+        output=output,
     )
 
 

@@ -21,8 +21,8 @@ import torch
 
 from ..modeling import Scheme, SharedAttentionConfig
 from ..modeling.depth_sharing import layer_groups
-from .dense import Affine
-from .fitting import FittedLayer, Metric, nearest_rotation
+from .dense import Affine, SchemeLayer
+from .fitting import Metric, nearest_rotation
 
 _MAX_ITERATIONS = 100
 _LEAST_GAIN = 1e-4  # of what the shared matrices hold, in one iteration
@@ -137,8 +137,8 @@ def check_scipy():
 
 
 def align_layers(
-    layers: list[FittedLayer], config: SharedAttentionConfig, blocks: Blocks, root: torch.Tensor | None = None
-) -> list[FittedLayer]:
+    layers: list[SchemeLayer], config: SharedAttentionConfig, blocks: Blocks, root: torch.Tensor | None = None
+) -> list[SchemeLayer]:
     """Turns and reorders the heads of each layer, attention unchanged, so that shared matrices fit the layers better.
 
     Grouped heads, and layers that share no matrices, stay as they are.
@@ -205,8 +205,8 @@ def _take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def _turned(
-    layer: FittedLayer, turns: dict[tuple[str, ...], torch.Tensor], config: SharedAttentionConfig
-) -> FittedLayer:
+    layer: SchemeLayer, turns: dict[tuple[str, ...], torch.Tensor], config: SharedAttentionConfig
+) -> SchemeLayer:
     """Rotates the matrices of each group by [heads, head_dim, head_dim]."""
     heads, scheme = config.num_attention_heads, config.scheme
     matrices, ingredient = dict(layer.matrices), layer.ingredient
@@ -232,7 +232,7 @@ def _best_orders(gain: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.as_tensor(place).argsort() for place in places]).to(gain.device)
 
 
-def _reordered(layer: FittedLayer, order: torch.Tensor, config: SharedAttentionConfig) -> FittedLayer:
+def _reordered(layer: SchemeLayer, order: torch.Tensor, config: SharedAttentionConfig) -> SchemeLayer:
     def rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
 
@@ -242,4 +242,4 @@ def _reordered(layer: FittedLayer, order: torch.Tensor, config: SharedAttentionC
         else Affine(rows(affine.weight), rows(affine.bias))
         for name, affine in layer.matrices.items()
     }
-    return FittedLayer(matrices, config.scheme.ingredient.reorder(layer.ingredient, order), order)
+    return SchemeLayer(matrices, config.scheme.ingredient.reorder(layer.ingredient, order), order)

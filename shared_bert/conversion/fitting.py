@@ -1,47 +1,49 @@
-"""The nearest layer of a scheme to a stock layer, in closed form.
+"""The nearest layer of a scheme to a stock layer, without training.
 
 Attention knows its matrices by two products per head: A = W_q·W_kᵀ, which makes the logits, and B = W_v·W_o, which
 makes the result (matrices that act on row vectors, [in, out]). A scheme is fitted to these. So every freedom which
 leaves attention unchanged is used (W_q·G with W_k·G⁻ᵀ, W_v·H with H⁻¹·W_o, for any invertible G and H), and W_o is
-fitted with the value where a scheme changes that. The error to be small is that of A and B, each relative to its size
-and measured on the layer's inputs where their autocorrelation C is known: ‖C^½·(A − A')·C^½‖² and ‖C^½·(B − B')‖².
+fitted with the value where a scheme changes that. The error to be small is the sum over the heads of that of A and B,
+each relative to its own size and measured on the layer's inputs where their autocorrelation C is known:
+‖C^½·(A − A')·C^½‖² / ‖C^½·A·C^½‖² + ‖C^½·(B − B')‖² / ‖C^½·B‖².
 
 | scheme | A' | B' | solution per head |
 |---|---|---|---|
 | ``symmetric`` | P·Pᵀ | B | the eigenvectors of (A + Aᵀ)/2 with the largest eigenvalues |
 | ``pairwise`` | P·Uᵀ·Pᵀ | B | the subspace P that holds most of A on both sides, by iteration; U is A within it |
-| ``shared`` | S·diag(e)·Sᵀ | S·W_o' | the subspace that holds most of A and B; S are the eigenvectors of A within it |
+| ``shared`` | S·diag(e)·Sᵀ | S·W_o' | the subspace that holds most of A and B, by iteration; A's eigenvectors in it |
 | ``unified`` | S·Sᵀ | S·W_o' | the same, with eigenvalues that are not negative |
 | ``shared_kv`` | W_q'·Pᵀ | P·W_o' | the subspace P that holds most of Aᵀ and B |
 | ``query_free`` | E·W_k'ᵀ | B | W_q regressed on E, the head's slice of the input |
 | ``key_free`` | W_q'·Eᵀ | B | W_k regressed on E |
 | ``value_free`` | A | E·W_o' | W_v regressed on E |
 
+Where heads share a key or a value, theirs is the subspace that holds most of the group's Aᵀ or B (of ``query_free``
+keys: one regression for the group).
+
+No layer of the scheme has a smaller error than these, but for the three others: their subspaces are found by
+iteration and may be a local optimum, and ``unified`` has no best (the smaller a direction that only the value needs,
+the better). A layer that has the scheme already is fitted exactly, whatever C.
+
 Of the biases, the key's never matters (it shifts all logits of a query alike), the value's passes into the output's
 exactly, and the query's is regressed on the new keys.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 
 from ..modeling import SharedAttentionConfig
 from ..modeling.ingredients import Diagonals
-from .dense import Affine, DenseAttention
+from .dense import Affine, DenseAttention, SchemeLayer
 
 _ITERATIONS = 20
+_REFINEMENTS = 50
+_DAMPING = 0.1  # without it a refinement may overshoot and return
 _SHRINKAGE = 1e-3
-# Directions whose eigenvalue in ``unified`` is below this share of the largest keep it, for the value's sake.
+# ``unified`` gives a direction that only the value needs an eigenvalue of this share of the logits' error: it costs
+# a millionth more, no channel becomes so small that it could not be trained, and an exact fit stays exact.
 _LEAST_EIGENVALUE = 1e-3
-
-
-@dataclass
-class FittedLayer:
-    """The parameters of a layer: its matrices by name ("o" is the output's), and those of its scheme's ingredient."""
-
-    matrices: dict[str, Affine]
-    ingredient: dict[str, torch.Tensor] = field(default_factory=dict)
-    head_order: torch.Tensor | None = None  # which head of the stock layer stands where; None as they stood
 
 
 @dataclass
@@ -119,11 +121,6 @@ class Metric:
         return self.inverse @ basis, [basis.mT @ matrix for matrix in weighed]
 
 
-def _largest(symmetric: torch.Tensor, number: int) -> torch.Tensor:
-    """Gives the eigenvectors [..., r, number] with the largest eigenvalues."""
-    return torch.linalg.eigh(symmetric).eigenvectors[..., -number:]
-
-
 def _positive_part(symmetric: torch.Tensor) -> torch.Tensor:
     eigenvalues, vectors = torch.linalg.eigh(symmetric)
     return vectors * eigenvalues.clamp(min=0)[..., None, :] @ vectors.mT
@@ -133,25 +130,72 @@ def _relative(gram: torch.Tensor) -> torch.Tensor:
     return gram / gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[..., None, None]
 
 
-def _two_sided_subspace(logits: torch.Tensor, number: int, result: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """Finds the P [..., r, number] with the largest ‖Pᵀ·A·P‖² + tr(Pᵀ·result·P)."""
+def _norm(matrix: torch.Tensor) -> torch.Tensor:
+    """The norm of each of [..., n, m], to divide by: [..., 1, 1], and one for zeros."""
+    norm = matrix.norm(dim=(-2, -1), keepdim=True)
+    return torch.where(norm > 0, norm, 1)
+
+
+def _best_subspace(
+    logits: torch.Tensor, number: int, result: torch.Tensor | float = 0.0, positive: bool = False
+) -> torch.Tensor:
+    """Looks for the P [..., r, number] with the largest ‖M‖² + tr(Pᵀ·result·P), where M = Pᵀ·A·P.
+
+    Whole eigenvectors are exchanged first, which goes far but need not settle; small steps along the gradient follow.
+
+    Args:
+        logits: A [..., r, r], of norm one.
+        positive: count of M only what has positive eigenvalues; A is symmetric.
+    """
+    coarse = _positive_part(logits) if positive else logits
     inside = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
     for _ in range(_ITERATIONS):
-        gram = logits @ inside @ logits.mT + logits.mT @ inside @ logits
-        subspace = _largest(gram + result, number)
+        gram = coarse @ inside @ coarse.mT + coarse.mT @ inside @ coarse
+        subspace = torch.linalg.eigh(gram + result).eigenvectors[..., -number:]
         inside = subspace @ subspace.mT
+    result = result + _DAMPING * torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    for _ in range(_REFINEMENTS):
+        within = subspace.mT @ logits @ subspace
+        if positive:
+            within = _positive_part(within)
+        gradient = logits @ subspace @ within.mT + logits.mT @ subspace @ within + result @ subspace
+        subspace = torch.linalg.qr(gradient).Q
     return subspace
+
+
+def _serve_groups(
+    metric: Metric, groups: int, *products: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Finds the matrix that serves all heads of a group best in the place of a factor of their products.
+
+    Args:
+        products: pairs of the factor to replace [heads, hidden, head_dim] and the other one [heads, n, head_dim]
+            (weighed by the metric where it is given inputs), which may change.
+
+    Returns:
+        The new matrices [heads / groups, hidden, head_dim], and for each product the G [heads, head_dim, head_dim]
+        with new·G in the place of the old factor, or other·Gᵀ in that of the other.
+    """
+    old = [factor for factor, _ in products]
+    wide = [factor.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2) for factor in old]  # a group side by side
+    back, coordinates = metric.reduce(*wide)
+    coordinates = [c.unflatten(-1, (groups, -1)).transpose(1, 2).flatten(0, 1) for c in coordinates]  # by head again
+    grams = [_relative(c @ (other.mT @ other) @ c.mT) for c, (_, other) in zip(coordinates, products, strict=True)]
+    gram = sum(grams).unflatten(0, (-1, groups)).sum(1)
+    subspace = torch.linalg.eigh(gram).eigenvectors[..., -old[0].shape[-1] :]
+    size = _size_of(*old).unflatten(0, (-1, groups)).mean(1) / _size_of(back @ subspace)
+    inside = (subspace / size).repeat_interleave(groups, 0).mT
+    return back @ subspace * size, [inside @ c for c in coordinates]
 
 
 def fit_scheme(
     layer: DenseAttention, config: SharedAttentionConfig, autocorrelation: torch.Tensor | None = None
-) -> FittedLayer:
+) -> SchemeLayer:
     """Fits the scheme of `config` to a stock layer; see the table above.
 
     Args:
         layer: with as many key as query heads.
-        config: of the new model. Where it groups the heads of key and value, ``standard`` takes each group's mean,
-            once its heads are rotated to agree, and ``shared_kv`` one subspace for the group.
+        config: of the new model.
         autocorrelation: the mean of x·xᵀ over the layer's inputs, [hidden, hidden]; None takes the identity.
     """
     heads = Heads.of(layer, config.hidden_size // config.num_attention_heads)
@@ -159,141 +203,118 @@ def fit_scheme(
     heads.query, heads.query_bias = heads.query / scale, heads.query_bias / scale
     if autocorrelation is None:
         autocorrelation = torch.eye(config.hidden_size, dtype=torch.float64, device=heads.query.device)
-    return FITS[config.attention_scheme](heads, autocorrelation, config)
+    return FITS[config.attention_scheme](heads, Metric.of(autocorrelation), config)
 
 
-def _fit_standard(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
+def _fit_standard(heads: Heads, metric: Metric, config) -> SchemeLayer:
     groups = config.num_attention_heads // config.num_key_value_heads
-    rotation, key = _mean_of_groups(heads.key, groups)
-    query_bias = (heads.query_bias[:, None] @ rotation).squeeze(1)
-    return FittedLayer(
-        {
-            "q": joined(heads.query @ rotation, query_bias),
-            "k": joined(key, heads.key_bias if groups == 1 else None),
-            **_grouped_value(heads, groups),
-        }
-    )
+    query, key = joined(heads.query, heads.query_bias), joined(heads.key, heads.key_bias)
+    if groups > 1:
+        new, (inside,) = _serve_groups(metric, groups, (heads.key, metric.root @ heads.query))
+        bias = _query_bias(heads, metric, new.repeat_interleave(groups, 0))
+        query, key = joined(heads.query @ inside.mT, bias), joined(new)
+    return SchemeLayer({"q": query, "k": key, **_value(heads, metric, groups)})
 
 
-def _grouped_value(heads: Heads, groups: int) -> dict[str, Affine]:
-    rotation, value = _mean_of_groups(heads.value, groups)
-    bias = heads.value_bias if groups == 1 else None
-    return {"v": joined(value, bias), "o": _output(heads, rotation.mT @ heads.output, bias)}
+def _value(heads: Heads, metric: Metric, groups: int = 1) -> dict[str, Affine]:
+    if groups == 1:
+        return {"v": joined(heads.value, heads.value_bias), "o": _output(heads, heads.output, heads.value_bias)}
+    new, (inside,) = _serve_groups(metric, groups, (heads.value, heads.output.mT))
+    return {"v": joined(new), "o": _output(heads, inside @ heads.output)}
 
 
-def _mean_of_groups(matrix: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates heads [heads, hidden, head_dim] towards the mean of their group; gives rotations and means."""
-    rotation = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand(len(matrix), -1, -1)
-    for _ in range(_ITERATIONS if groups > 1 else 1):
-        mean = (matrix @ rotation).unflatten(0, (-1, groups)).mean(1)
-        if groups > 1:
-            rotation = nearest_rotation(matrix, mean.repeat_interleave(groups, 0))
-    return rotation, mean
-
-
-def _fit_symmetric(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
-    metric = Metric.of(autocorrelation)
+def _fit_symmetric(heads: Heads, metric: Metric, config) -> SchemeLayer:
     back, (query, key) = metric.reduce(heads.query, heads.key)
     logits = query @ key.mT
     eigenvalues, vectors = torch.linalg.eigh((logits + logits.mT) / 2)
     number = heads.query.shape[-1]
     new = back @ (vectors[..., -number:] * eigenvalues[..., None, -number:].clamp(min=0).sqrt())
-    return FittedLayer({"q": joined(new, _query_bias(heads, metric, new)), **_grouped_value(heads, 1)})
+    return SchemeLayer({"q": joined(new, _query_bias(heads, metric, new)), **_value(heads, metric)})
 
 
-def _fit_pairwise(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
-    metric = Metric.of(autocorrelation)
+def _fit_pairwise(heads: Heads, metric: Metric, config) -> SchemeLayer:
     back, (query, key) = metric.reduce(heads.query, heads.key)
     logits = query @ key.mT
-    subspace = _two_sided_subspace(logits, heads.query.shape[-1])
+    subspace = _best_subspace(logits / _norm(logits), heads.query.shape[-1])
     inside = subspace.mT @ logits @ subspace
     new = back @ subspace
     size = _size_of(heads.query, heads.key) / _size_of(new)
     new, pairwise = new * size, inside.mT / size**2  # q·kᵀ = q·Uᵀ·qᵀ
     bias = _query_bias(heads, metric, new @ pairwise)
-    return FittedLayer({"q": joined(new, bias), **_grouped_value(heads, 1)}, {"pairwise": pairwise})
+    return SchemeLayer({"q": joined(new, bias), **_value(heads, metric)}, {"pairwise": pairwise})
 
 
-def _fit_shared(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
-    has_diagonals = isinstance(config.scheme.ingredient, Diagonals)
-    metric = Metric.of(autocorrelation)
+def _fit_shared(heads: Heads, metric: Metric, config) -> SchemeLayer:
     back, (query, key, value) = metric.reduce(heads.query, heads.key, heads.value)
-    logits = query @ key.mT
-    logits = (logits + logits.mT) / 2
+    whole = query @ key.mT
+    norm = _norm(whole)
+    whole = whole / norm
+    logits = (whole + whole.mT) / 2
     result = _relative(value @ heads.output @ heads.output.mT @ value.mT)
-    reachable = logits if has_diagonals else _positive_part(logits)
-    size = logits.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
-    subspace = _two_sided_subspace(reachable / size, heads.query.shape[-1], result)
+    has_diagonals = isinstance(config.scheme.ingredient, Diagonals)
+    subspace = _best_subspace(logits, heads.query.shape[-1], result, positive=not has_diagonals)
     eigenvalues, vectors = torch.linalg.eigh(subspace.mT @ logits @ subspace)
     subspace = subspace @ vectors
     if has_diagonals:
         size = _size_of(heads.query, heads.key, heads.value) / _size_of(back @ subspace)
         size = size.expand(-1, 1, subspace.shape[-1])
     else:
-        largest = eigenvalues.abs().amax(-1, keepdim=True).clamp(min=1e-3)  # a pruned head's are zero
-        eigenvalues = torch.maximum(eigenvalues, _LEAST_EIGENVALUE * largest)
-        size = eigenvalues[:, None].sqrt()
+        error = (whole - subspace * eigenvalues.clamp(min=0)[:, None] @ subspace.mT).norm(dim=(-2, -1))[:, None]
+        eigenvalues = torch.maximum(eigenvalues, (_LEAST_EIGENVALUE * error).clamp(min=1e-12))
+        size = (norm * eigenvalues[:, None]).sqrt()
     new = back @ subspace * size
-    weights = eigenvalues[:, None] / size**2  # of the channels in the logits: d_q·d_k, or ones
+    weights = norm * eigenvalues[:, None] / size**2  # of the channels in the logits: d_q·d_k, or ones
     bias = _query_bias(heads, metric, new * weights)
     output = subspace.mT @ value @ heads.output / size.mT
     matrices = {"s": joined(new, bias), "o": _output(heads, output, bias)}
     if not has_diagonals:
-        return FittedLayer(matrices)
+        return SchemeLayer(matrices)
     root = weights.abs().sqrt()
     diagonals = {"query": root * weights.sign(), "key": root, "value": torch.ones_like(root)}
-    return FittedLayer(matrices, {f"{role}_diagonal": diagonal.flatten() for role, diagonal in diagonals.items()})
+    return SchemeLayer(matrices, {f"{role}_diagonal": diagonal.flatten() for role, diagonal in diagonals.items()})
 
 
-def _fit_shared_kv(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
-    metric = Metric.of(autocorrelation)
+def _fit_shared_kv(heads: Heads, metric: Metric, config) -> SchemeLayer:
     groups = config.num_attention_heads // config.num_key_value_heads
-
-    def of_group(matrix):  # [heads, n, k] → [key_value_heads, n, groups * k]
-        return matrix.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2)
-
-    def per_head(matrix):  # [key_value_heads, …] → [heads, …]
-        return matrix.repeat_interleave(groups, 0)
-
-    back, _ = metric.reduce(of_group(heads.key), of_group(heads.value))
-    into = per_head((metric.root @ metric.root @ back).mT)  # back is C^-½·basis; its coordinates are basisᵀ·C^½
-    query, key, value = metric.root @ heads.query, into @ heads.key, into @ heads.value
-    gram = _relative(key @ (query.mT @ query) @ key.mT) + _relative(value @ heads.output @ heads.output.mT @ value.mT)
-    subspace = _largest(gram.unflatten(0, (-1, groups)).sum(1), heads.key.shape[-1])
-    size = _size_of(heads.key, heads.value).unflatten(0, (-1, groups)).mean(1) / _size_of(back @ subspace)
-    coordinates = per_head(subspace.mT)
-    new = back @ subspace * size
-    new_query = heads.query @ (coordinates @ key).mT / per_head(size)
-    output = coordinates @ value @ heads.output / per_head(size)
-    bias = _query_bias(heads, metric, per_head(new))
-    return FittedLayer({"q": joined(new_query, bias), "k": joined(new), "o": _output(heads, output)})
+    products = (heads.key, metric.root @ heads.query), (heads.value, heads.output.mT)
+    new, (key, value) = _serve_groups(metric, groups, *products)
+    bias = _query_bias(heads, metric, new.repeat_interleave(groups, 0))
+    query = joined(heads.query @ key.mT, bias)
+    return SchemeLayer({"q": query, "k": joined(new), "o": _output(heads, value @ heads.output)})
 
 
-def _slice_regression(heads: Heads, autocorrelation: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def _slices(metric: Metric, number: int) -> torch.Tensor:
+    """C^½·E of each head, where E picks the head's slice of the input: [heads, hidden, head_dim]."""
+    return metric.root.unflatten(1, (number, -1)).transpose(0, 1)
+
+
+def _slice_regression(metric: Metric, matrix: torch.Tensor) -> torch.Tensor:
     """Predicts x·matrix of each head from its slice of x: [heads, head_dim, head_dim]."""
-    number, head_dim = len(matrix), matrix.shape[-1]
-    rows = autocorrelation.unflatten(0, (number, head_dim))
-    blocks = torch.stack([rows[h, :, h * head_dim : (h + 1) * head_dim] for h in range(number)])
-    # A few tokens may not fill the slice.
-    shrinkage = 1e-6 * autocorrelation.diagonal().mean() * torch.eye(head_dim).to(blocks)
-    return torch.linalg.solve(blocks + shrinkage, rows @ matrix)
+    return torch.linalg.lstsq(_slices(metric, len(matrix)), metric.root @ matrix).solution
 
 
-def _fit_query_free(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
+def _fit_query_free(heads: Heads, metric: Metric, config) -> SchemeLayer:
     groups = config.num_attention_heads // config.num_key_value_heads
-    key = heads.key @ _slice_regression(heads, autocorrelation, heads.query).mT
-    return FittedLayer({"k": joined(key.unflatten(0, (-1, groups)).mean(1)), **_grouped_value(heads, groups)})
+    if groups == 1:
+        key = heads.key @ _slice_regression(metric, heads.query).mT
+    else:  # one regression for all heads of a group
+        logits = metric.root @ heads.query @ heads.key.mT
+        norm = _norm(logits @ metric.root)
+        slices = _slices(metric, len(norm))
+        stacked = ((rows / norm).unflatten(0, (-1, groups)).flatten(1, 2) for rows in (slices, logits))
+        key = torch.linalg.lstsq(*stacked).solution.mT
+    return SchemeLayer({"k": joined(key), **_value(heads, metric, groups)})
 
 
-def _fit_key_free(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
-    key = _slice_regression(heads, autocorrelation, heads.key)
+def _fit_key_free(heads: Heads, metric: Metric, config) -> SchemeLayer:
+    key = _slice_regression(metric, heads.key)
     query = joined(heads.query @ key.mT, (key @ heads.query_bias[..., None]).squeeze(-1))
-    return FittedLayer({"q": query, **_grouped_value(heads, 1)})
+    return SchemeLayer({"q": query, **_value(heads, metric)})
 
 
-def _fit_value_free(heads: Heads, autocorrelation: torch.Tensor, config) -> FittedLayer:
-    value = _slice_regression(heads, autocorrelation, heads.value)
-    return FittedLayer(
+def _fit_value_free(heads: Heads, metric: Metric, config) -> SchemeLayer:
+    value = _slice_regression(metric, heads.value)
+    return SchemeLayer(
         {
             "q": joined(heads.query, heads.query_bias),
             "k": joined(heads.key, heads.key_bias),

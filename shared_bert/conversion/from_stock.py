@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from ..modeling import SelfAttention, SharedAttentionConfig
 from ..modeling.projections import LowRankLinear
 from .calibration import Calibration, calibrate
-from .dense import attention_layers, dense_layers, depth_sharing_of
+from .dense import SchemeLayer, attention_layers, dense_layers, depth_sharing_of, scheme_layers
 from .depth_fitting import Blocks, align_layers, can_align, check_scipy, fit_atoms, low_rank_factors, spread_ranks
 from .families import STOCK_CLASSES
-from .fitting import FITS, FittedLayer, Metric, fit_scheme
+from .fitting import FITS, Metric, fit_scheme
 from .report import ConversionReport, attention_parameters, layer_errors
 from .stock import build_like, check_loaded, read_stock, standard_config, to_stock
 
@@ -36,9 +36,10 @@ def from_stock(
 ) -> tuple[PreTrainedModel, ConversionReport]:
     """Converts a stock BERT or GPT-2, of any head of `STOCK_CLASSES`, or a model of this package.
 
-    The scheme is fitted first (see `fitting`), then the depth sharing (see `depth_fitting`), both in closed form and
-    without training. What the new model can express does not change: with as many atoms as layers, with the full
-    rank, or where the model has the scheme already, its outputs are those of the old one.
+    The scheme is fitted first (see `fitting`), then the depth sharing (see `depth_fitting`), both without training.
+    What the new model can express does not change: with as many atoms as layers, with the full rank, or where the
+    model has the scheme already, or both scheme and depth sharing (with no rank besides), its outputs are those of
+    the old one.
 
     Args:
         calibration: batches of the model's inputs (`input_ids`, and `attention_mask` or `document_ids`). With them,
@@ -79,14 +80,17 @@ def from_stock(
         if not all(role.weight.isfinite().all() for role in (layer.query, layer.key, layer.value, layer.output)):
             raise ValueError(f"the attention of layer {i} has weights that are infinite or no numbers")
     inputs = [None] * len(old) if measured is None else measured.inputs
-    layers = [fit_scheme(layer, config, seen) for layer, seen in zip(old, inputs, strict=True)]
+    of_scheme = {f: getattr(config, f) for f in ("attention_scheme", "num_key_value_heads", "attention_scale")}
+    if all(getattr(stated, field) == value for field, value in of_scheme.items()):
+        layers = scheme_layers(model if is_ours else source)  # a scheme has many bases; this is the model's own
+    else:
+        layers = [fit_scheme(layer, config, seen) for layer, seen in zip(old, inputs, strict=True)]
     blocks = _blocks(config.num_atoms, dictionary_groups, measured, len(old))
     root = None if measured is None else Metric.of(torch.stack(measured.inputs).mean(0)).root
     if align:
         layers = align_layers(layers, config, blocks, root)
 
     # The scheme by itself, in the model whose matrices are shared or factored next.
-    of_scheme = {f: getattr(config, f) for f in ("attention_scheme", "num_key_value_heads", "attention_scale")}
     converted = build_like(type(source), config.with_attention(**of_scheme), source)
     _copy_common(source, converted)
     for attention, layer in zip(attention_layers(converted), layers, strict=True):
@@ -154,7 +158,7 @@ def _copy_common(source: PreTrainedModel, target: PreTrainedModel):
             target_state[name].copy_(tensor)
 
 
-def _write_layer(attention: SelfAttention, layer: FittedLayer):
+def _write_layer(attention: SelfAttention, layer: SchemeLayer):
     matrices = [layer.matrices[name] for name in attention.scheme.matrices]
     _write_linear(attention.projection, torch.cat([m.weight for m in matrices]), torch.cat([m.bias for m in matrices]))
     _write_linear(attention.output, layer.matrices["o"].weight, layer.matrices["o"].bias)
@@ -171,7 +175,7 @@ def _write_linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor):
 def _share_depth(
     separate: PreTrainedModel,
     config: SharedAttentionConfig,
-    layers: list[FittedLayer],
+    layers: list[SchemeLayer],
     blocks: Blocks,
     root: torch.Tensor | None,
     measured: Calibration | None,
