@@ -50,7 +50,9 @@ def test_a_tenth_scheme(monkeypatch, kind, ingredient, depth_sharing, input_ids,
         torch.testing.assert_close(same(input_ids).logits, out.logits, rtol=1e-4, atol=1e-5)
     assert "made_up" in cost_table(model.config)
     with pytest.raises(ValueError, match="attention_scheme='made_up' cannot be fitted"):
-        shared_bert.from_stock(model, "made_up")
+        shared_bert.from_stock(tiny_model(kind, attention_scheme="standard"), "made_up")
+    deep, _ = shared_bert.from_stock(model, "made_up", "masa", num_atoms=2)
+    torch.testing.assert_close(deep(input_ids).logits, out.logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

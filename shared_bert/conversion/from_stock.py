@@ -69,7 +69,9 @@ def from_stock(
     if align and can_align(config):
         check_scipy()
     check_loaded(model)
-    if attention_scheme not in FITS:
+    of_scheme = {f: getattr(config, f) for f in ("attention_scheme", "num_key_value_heads", "attention_scale")}
+    has_scheme = all(getattr(stated, field) == value for field, value in of_scheme.items())
+    if not has_scheme and attention_scheme not in FITS:
         raise ValueError(f"{attention_scheme=} cannot be fitted; from_stock takes {', '.join(FITS)}")
     source = read_stock(to_stock(model) if is_ours else model)
     batches = None if calibration is None else list(calibration)
@@ -80,8 +82,7 @@ def from_stock(
         if not all(role.weight.isfinite().all() for role in (layer.query, layer.key, layer.value, layer.output)):
             raise ValueError(f"the attention of layer {i} has weights that are infinite or no numbers")
     inputs = [None] * len(old) if measured is None else measured.inputs
-    of_scheme = {f: getattr(config, f) for f in ("attention_scheme", "num_key_value_heads", "attention_scale")}
-    if all(getattr(stated, field) == value for field, value in of_scheme.items()):
+    if has_scheme:
         layers = scheme_layers(model if is_ours else source)  # a scheme has many bases; this is the model's own
     else:
         layers = [fit_scheme(layer, config, seen) for layer, seen in zip(old, inputs, strict=True)]
