@@ -22,9 +22,9 @@ from transformers import HfArgumentParser, PreTrainedModel
 import shared_bert
 from shared_bert.command_line import reports_user_errors
 from shared_bert.conversion.families import SHARED_CLASSES, STOCK_CLASSES
-from shared_bert.conversion.folders import check_free, copy_tokenizer, load_model, whole_folder
 from shared_bert.data import calibration_batches, load_documents, load_tokenizer
 from shared_bert.data.sources import FORMATS
+from shared_bert.folders import check_free, copy_tokenizer, load_model, whole_folder
 from shared_bert.modeling.configuration_shared_attention import DEPTH_SHARING
 from shared_bert.training import DataArguments, PretrainingArguments, heal
 from shared_bert.training.checkpoints import checkpoints

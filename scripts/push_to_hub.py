@@ -13,8 +13,8 @@ from pathlib import Path
 
 from shared_bert.command_line import reports_user_errors
 from shared_bert.conversion.families import STOCK_CLASSES
-from shared_bert.conversion.folders import load_model
 from shared_bert.data import load_tokenizer
+from shared_bert.folders import load_model
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

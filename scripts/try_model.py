@@ -12,8 +12,8 @@ from transformers import pipeline
 
 from shared_bert.command_line import reports_user_errors
 from shared_bert.conversion.families import FAMILIES, family_of
-from shared_bert.conversion.folders import load_model
 from shared_bert.data import load_tokenizer
+from shared_bert.folders import load_model
 
 
 def fill_mask(model, tokenizer, text: str):

@@ -1,10 +1,10 @@
 """Text in, token blocks out: sources, tokenizers, packing, collation."""
 
 from .blocks import Blocks, CorpusStatistics, StreamedBlocks, corpus_statistics
-from .calibration import calibration_batches
 from .collation import CausalLanguageModelingCollator, MaskedLanguageModelingCollator, collate_blocks
 from .packing import pack
 from .python_docs import load_python_docs
+from .sampling import calibration_batches
 from .sources import load_documents
 from .tokenizers import check_tokenizer, load_tokenizer, train_tokenizer
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..modeling import SelfAttention
 from ..modeling.depth_sharing import DepthSharing
-from ..training.arguments import ModelArguments
+from ..training.arguments import ConfigArguments
 from ..training.models import config_fields, make_model
 from ..training.throughput import training_flops_per_token
 
@@ -28,12 +28,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | str | None = None)
     path = Path(path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path} is no saved model: it has no config.json")
-    if path.is_dir():
-        source = {"model_name_or_path": str(path)}
-    else:
-        source = {"config_name": str(path), "tokenizer_vocab_size": 1}  # a tokenizer must be named; none is made
+    source = {"model_name_or_path" if path.is_dir() else "config_name": str(path)}
     try:
-        return AutoConfig.for_model(**config_fields(ModelArguments(config_overrides=overrides, **source)))
+        return AutoConfig.for_model(**config_fields(ConfigArguments(config_overrides=overrides, **source)))
     except (StrictDataclassError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -19,8 +19,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling
-from ..conversion.folders import TOKENIZER_FILES, copy_tokenizer
 from ..conversion.stock import to_stock
+from ..folders import TOKENIZER_FILES, copy_tokenizer
 from .cards import MARK, model_card, read_json
 
 _CODE = {path.name for path in Path(modeling.__file__).parent.glob("*.py")}

@@ -32,9 +32,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import SelfAttention
 from .configuration_shared_bert import SharedBertConfig
 from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
+from .documents import attention_inputs, check_length, check_positions, document_positions
 from .loading import SafetensorsOnly
 from .losses import VocabularyHead, linear_cross_entropy, predicted_positions
-from .packing import attention_inputs, check_length, check_positions, document_positions
 from .projections import LowRankLinear, SharedLinear
 from .stock_names import StockName, read_stock_names
 
@@ -153,7 +153,7 @@ class SharedBertModel(SharedBertPreTrainedModel):
         Args:
             attention_mask: [batch, seq], 0 where a token is padding.
             document_ids: [batch, seq] of a packed batch, in place of `attention_mask`: tokens attend within
-                their document only, and positions restart in each (see `packing`).
+                their document only, and positions restart in each (see `documents`).
 
         Returns:
             `last_hidden_state` [batch, seq, hidden], `pooler_output` [batch, hidden].

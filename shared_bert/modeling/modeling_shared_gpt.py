@@ -28,9 +28,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import SelfAttention
 from .configuration_shared_gpt import SharedGptConfig
 from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
+from .documents import attention_inputs, check_length, check_positions, document_positions
 from .loading import SafetensorsOnly
 from .losses import VocabularyHead, linear_cross_entropy
-from .packing import attention_inputs, check_length, check_positions, document_positions
 from .projections import LowRankLinear, SharedLinear
 from .stock_names import StockName, read_stock_names
 
@@ -160,7 +160,7 @@ class SharedGptModel(SharedGptPreTrainedModel):
             position_ids: [batch, seq]; by default 0, 1, 2 … after the cached tokens. `generate()` gives those
                 of left-padded rows.
             document_ids: [batch, seq] of a packed batch, in place of `attention_mask`: tokens attend within
-                their document only, and positions restart in each (see `packing`).
+                their document only, and positions restart in each (see `documents`).
 
         Returns:
             `last_hidden_state` [batch, seq, hidden], and `past_key_values` where `use_cache`.

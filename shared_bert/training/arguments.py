@@ -14,11 +14,11 @@ def _argument(default: Any, text: str):
 
 
 @dataclass
-class ModelArguments:
-    """Which model, and with which tokenizer.
+class ConfigArguments:
+    """Which model.
 
     Raises:
-        ValueError: a model that is named twice or not at all; a tokenizer likewise; overrides that cannot be read.
+        ValueError: a model that is named twice or not at all; overrides that cannot be read.
     """
 
     model_name_or_path: str | None = _argument(None, "A trained model to go on with; else see config_name.")
@@ -27,12 +27,6 @@ class ModelArguments:
     config_overrides: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Config fields that replace others: a mapping in YAML, else a=1,b=x."}
     )
-    attn_implementation: str | None = _argument(
-        None, "eager, sdpa, flex_attention, flash_attention_2 …; else the best."
-    )
-    tokenizer_name: str | None = _argument(None, "A tokenizer on the Hub or a folder; else the model's own.")
-    tokenizer_vocab_size: int | None = _argument(None, "Train a tokenizer of this size on the training text.")
-    tokenizer_lowercase: bool = _argument(True, "Whether a WordPiece tokenizer trained here lowers case.")
 
     def __post_init__(self):
         if isinstance(self.config_overrides, str):
@@ -44,6 +38,25 @@ class ModelArguments:
             )
         if not (self.model_name_or_path or self.model_type or self.config_name):
             raise ValueError("no model is named: give model_name_or_path, config_name or model_type")
+
+
+@dataclass
+class ModelArguments(ConfigArguments):
+    """Which model, and with which tokenizer.
+
+    Raises:
+        ValueError: see `ConfigArguments`; a tokenizer that is named twice or not at all.
+    """
+
+    attn_implementation: str | None = _argument(
+        None, "eager, sdpa, flex_attention, flash_attention_2 …; else the best."
+    )
+    tokenizer_name: str | None = _argument(None, "A tokenizer on the Hub or a folder; else the model's own.")
+    tokenizer_vocab_size: int | None = _argument(None, "Train a tokenizer of this size on the training text.")
+    tokenizer_lowercase: bool = _argument(True, "Whether a WordPiece tokenizer trained here lowers case.")
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.tokenizer_name and self.tokenizer_vocab_size:
             raise ValueError(
                 f"tokenizer_name={self.tokenizer_name!r} takes a tokenizer and tokenizer_vocab_size="

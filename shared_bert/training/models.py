@@ -10,12 +10,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 import shared_bert
 
 from ..conversion.families import AUTO_CLASSES, FAMILIES
-from .arguments import ModelArguments
+from .arguments import ConfigArguments
 from .checkpoints import UNFINISHED, publish
 from .yaml_files import check_keys, load_mapping
 
 
-def config_fields(arguments: ModelArguments) -> dict[str, Any]:
+def config_fields(arguments: ConfigArguments) -> dict[str, Any]:
     """Collects what is stated of the config: `model_type` and fields, overrides last.
 
     Raises:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..conversion.folders import writing
+from ..folders import writing
 from ..hub import CheckpointPushes
 from .checkpoints import UNFINISHED, last_checkpoint, publish
 from .models import fix_saved_coefficients

@@ -12,7 +12,6 @@ from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer
 
 from shared_bert.conversion.families import STOCK_CLASSES
-from shared_bert.conversion.folders import load_model
 from shared_bert.data import (
     Blocks,
     CausalLanguageModelingCollator,
@@ -24,6 +23,7 @@ from shared_bert.data import (
     pack,
     train_tokenizer,
 )
+from shared_bert.folders import load_model
 from shared_bert.modeling.losses import predicted_positions
 
 from ..conftest import LANGUAGE_MODELS, tiny_model

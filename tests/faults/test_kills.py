@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModel
 
 from shared_bert.conversion.families import STOCK_CLASSES
-from shared_bert.conversion.folders import load_model
 from shared_bert.data import load_tokenizer
+from shared_bert.folders import load_model
 from shared_bert.training.checkpoints import checkpoints
 
 from ..training.runs import MASA, SHAPE, recipe, write_text

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel, modeling_utils
 
 import shared_bert
 from shared_bert.conversion.families import STOCK_CLASSES
-from shared_bert.conversion.folders import load_model
 from shared_bert.data import load_tokenizer
+from shared_bert.folders import load_model
 from shared_bert.training.checkpoints import checkpoint_damage
 
 from ..conftest import LANGUAGE_MODELS, tiny_model

@@ -102,7 +102,7 @@ def test_what_is_pushed(hub, saved):
     assert set(files) == {
         ".gitattributes", "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "eval_results.json", "attention.py", "configuration_shared_attention.py", "configuration_shared_bert.py",
-        "depth_sharing.py", "ingredients.py", "loading.py", "losses.py", "modeling_shared_bert.py", "packing.py",
+        "depth_sharing.py", "documents.py", "ingredients.py", "loading.py", "losses.py", "modeling_shared_bert.py",
         "projections.py", "schemes.py", "stock_names.py",
     }  # fmt: skip
     assert set(json.loads(files["config.json"])["auto_map"]) == {"AutoConfig", *model.config.auto_classes}
@@ -147,7 +147,7 @@ def test_a_branch_has_results_of_its_own_only(hub, saved):
 def test_the_tokenizer_comes_from_the_hub_as_well(hub, saved, monkeypatch):
     model, folder = saved("bert")
     model.push_to_hub(REPO, source=folder)
-    monkeypatch.setattr("shared_bert.conversion.folders.snapshot_download", lambda name, **kwargs: str(folder))
+    monkeypatch.setattr("shared_bert.folders.snapshot_download", lambda name, **kwargs: str(folder))
     again = shared_bert.SharedBertForMaskedLM.from_pretrained(REPO)
     assert again.name_or_path == REPO
     again.push_to_hub("somebody/copy")

@@ -289,7 +289,7 @@ def test_positions_beyond_the_embeddings_are_refused(kind, input_ids):
 
 def test_flash_attention_is_given_the_documents(kind, input_ids):
     """No flash kernel runs on a CPU: what it would be told is checked instead."""
-    from shared_bert.modeling.packing import attention_inputs
+    from shared_bert.modeling.documents import attention_inputs
 
     config = tiny_config(kind)
     config._attn_implementation = "flash_attention_2"
@@ -303,7 +303,7 @@ def test_flash_attention_is_given_the_documents(kind, input_ids):
 
 def test_flash_attention_is_given_the_positions(input_ids):
     """From which it reads the documents of a padding-free batch, as in stock models."""
-    from shared_bert.modeling.packing import attention_inputs
+    from shared_bert.modeling.documents import attention_inputs
 
     config = tiny_config("gpt")
     config._attn_implementation = "flash_attention_2"

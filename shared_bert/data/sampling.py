@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from .collation import collate_blocks
 from .packing import pack
 
-BLOCKS_PER_BATCH = 8
+ROWS_PER_BATCH = 8
 
 
 def calibration_batches(
@@ -35,4 +35,4 @@ def calibration_batches(
         documents = documents.to_iterable_dataset()
     blocks = pack(documents, tokenizer, block_size).with_format("numpy")
     rows = list(islice(blocks, -(-num_tokens // block_size)))
-    return [collate_blocks(rows[i : i + BLOCKS_PER_BATCH]) for i in range(0, len(rows), BLOCKS_PER_BATCH)]
+    return [collate_blocks(rows[i : i + ROWS_PER_BATCH]) for i in range(0, len(rows), ROWS_PER_BATCH)]
