@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling import SelfAttention, SharedAttentionConfig
+from ..modeling.loading import check_loaded
 from ..modeling.projections import LowRankLinear
 from .calibration import Calibration, calibrate
 from .dense import SchemeLayer, attention_layers, dense_layers, depth_sharing_of, scheme_layers
@@ -14,7 +15,7 @@ from .depth_fitting import Blocks, align_layers, can_align, check_scipy, fit_ato
 from .families import STOCK_CLASSES
 from .fitting import FITS, Metric, fit_scheme
 from .report import ConversionReport, attention_parameters, layer_errors
-from .stock import build_like, check_loaded, read_stock, standard_config, to_stock
+from .stock import build_like, read_stock, standard_config, to_stock
 
 _CONFIG_FIELDS = (
     "depth_shared_matrices", "num_atoms", "num_groups", "rank", "layer_ranks", "num_key_value_heads",

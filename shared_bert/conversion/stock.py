@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import SelfAttention, SharedAttentionConfig
 from ..modeling.depth_sharing import DepthSharing
+from ..modeling.loading import check_loaded
 from ..modeling.stock_names import write_stock_names
 from .dense import dense_layers
 from .families import SHARED_CLASSES, STOCK_CLASSES, family_of
@@ -83,12 +84,6 @@ def read_stock(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model, "generation_config", None) is not None:
         shared.generation_config = copy.deepcopy(model.generation_config)
     return shared
-
-
-def check_loaded(model: PreTrainedModel):
-    """Raise a ValueError where weights are on the device meta: not loaded yet, or offloaded."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model has weights on the device meta, not loaded or offloaded: load it whole first")
 
 
 def build_like(cls: type, config: PreTrainedConfig, like: PreTrainedModel) -> PreTrainedModel:

@@ -7,7 +7,7 @@
 | ``repeat_all_over`` | the stack repeats: A B A B A B | |
 
 `DepthSharing` belongs to the model and not to a layer, holds each shared tensor once, and makes the matrices of all
-layers once per forward (once per generation where a cache is given), in the parameters' own type also under autocast.
+layers once per forward (not once per token in a generation), in the parameters' own type also under autocast.
 The layers take them as arguments (`SharedLinear`), so that checkpointing, DDP, FSDP and `torch.compile` see nothing
 but tensors. ``low_rank`` shares nothing between layers: its factors are in `LowRankLinear`.
 """
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+
+from .loading import check_loaded
 
 
 def layer_groups(depth_sharing: str, num_layers: int, num_groups: int) -> list[int]:
@@ -120,7 +122,7 @@ class SharedMatrix(nn.Module):
 
     def layer_coefficients(self) -> torch.Tensor:
         """Gives the coefficients of ``masa``, [layers, atoms]."""
-        return self.coefficients if isinstance(self.coefficients, nn.Parameter) else self.coefficients()
+        return self.coefficients() if isinstance(self.coefficients, CoefficientNetwork) else self.coefficients
 
     @torch.no_grad()
     def fix_coefficients(self):
@@ -143,6 +145,7 @@ class DepthSharing(nn.ModuleDict):
         widths = {name: width for linear in config.shared_maps for name, width in config.matrix_widths(linear).items()}
         super().__init__({name: SharedMatrix(config, width) for name, width in widths.items()})
         self.config = config
+        self.mode_changes = 0
 
     def forward(self) -> list[tuple[torch.Tensor, ...]]:
         """Gives each layer its shared weights: that of its projection [rows, hidden] and, if shared, of its output."""
@@ -159,25 +162,34 @@ class DepthSharing(nn.ModuleDict):
         return [weights[group] for group in groups]
 
     def kept_with(self, cache: Cache) -> list[tuple[torch.Tensor, ...]]:
-        """Gives what `forward` does, which is assembled anew only where a parameter has changed since `cache` was."""
-        versions = {parameter: parameter._version for parameter in self.parameters()}
-        if cache not in _KEPT or _KEPT[cache][0] != versions:
-            _KEPT[cache] = versions, self()
+        """Return what `forward` does, assembled again only where a parameter has changed since the last call."""
+        # Fused optimizers change parameters in place and do not count it; they need a model in training mode.
+        state = {p: (p._version, p.data_ptr()) for p in self.parameters()}, self.mode_changes
+        if cache not in _KEPT or _KEPT[cache][0] != state:
+            _KEPT[cache] = state, self()
         return _KEPT[cache][1]
 
+    def train(self, mode: bool = True):
+        self.mode_changes += 1
+        return super().train(mode)
 
-# What was assembled for a generation, with the parameters' versions: for as long as its cache lives, and outside of
-# cache and model, which are copied and saved.
-_KEPT: WeakKeyDictionary[Cache, tuple[dict, list]] = WeakKeyDictionary()
+
+# What was assembled for a generation, and the state that the parameters were in: for as long as its cache lives, and
+# outside of cache and model, which are copied and saved.
+_KEPT: WeakKeyDictionary[Cache, tuple[tuple, list]] = WeakKeyDictionary()
 
 
 def fix_coefficients(model: nn.Module):
     """Makes a trained model one for inference: the coefficients of ``masa`` take the place of their networks.
 
     Nothing changes without such networks. `scripts/pretrain.py` does so when it saves a model, not with checkpoints.
+
+    Raises:
+        ValueError: weights are offloaded.
     """
     if model.config.coefficient_source == "direct":
         return
+    check_loaded(model)
     for module in model.modules():
         if isinstance(module, SharedMatrix):
             module.fix_coefficients()
@@ -194,13 +206,18 @@ def shared_weights(
 ) -> list[tuple[torch.Tensor, ...]]:
     """Gives each layer the weights it shares; nothing where it shares none.
 
-    They are assembled once per forward or, where a `cache` of keys and values is given and no gradient is asked for,
-    once for all forwards with that cache. (Compiled code, which cannot tell whether a parameter has changed, and
-    parameters made under `torch.inference_mode`, which do not count their changes, are assembled in every forward.)
+    They are assembled once per forward or, where a `cache` holds keys and values and no gradient is asked for, once
+    for all forwards that go on with it. What cannot tell whether a parameter has changed assembles in every forward:
+    compiled code, and parameters that are sharded, quantized or made under `torch.inference_mode`. A change through
+    `parameter.data` in the middle of a generation goes unnoticed until the next one.
     """
     if depth_sharing is None:
         return [()] * num_layers
-    can_keep = cache is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if can_keep and not any(parameter.is_inference() for parameter in depth_sharing.parameters()):
+    if cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return depth_sharing()
+    if cache.get_seq_length() == 0:  # a generation begins
+        _KEPT.pop(cache, None)
+        return depth_sharing()
+    if all(type(p) is nn.Parameter and not p.is_inference() for p in depth_sharing.parameters()):
         return depth_sharing.kept_with(cache)
     return depth_sharing()

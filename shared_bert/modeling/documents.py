@@ -43,11 +43,12 @@ def check_positions(config, position_ids: torch.Tensor):
     nobody could know without waiting for the device, whose own error is raised.
     """
     if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        last = int(position_ids.max())
-        if last >= config.max_position_embeddings:
-            raise ValueError(
-                f"position_ids has a position {last}, but max_position_embeddings={config.max_position_embeddings}"
-            )
+        for position in map(int, position_ids.aminmax()):
+            if not 0 <= position < config.max_position_embeddings:
+                raise ValueError(
+                    f"position_ids has a position {position}, but max_position_embeddings="
+                    f"{config.max_position_embeddings}"
+                )
 
 
 def attention_inputs(

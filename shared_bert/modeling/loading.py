@@ -1,6 +1,13 @@
 """What models are loaded from: safetensors, and nothing that could run code or has been cut off."""
 
 from safetensors import SafetensorError
+from torch import nn
+
+
+def check_loaded(model: nn.Module):
+    """Raise a ValueError where weights are on the device meta: not loaded yet, or offloaded."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model has weights on the device meta, not loaded or offloaded: load it whole first")
 
 
 class SafetensorsOnly:

@@ -5,9 +5,20 @@ import copy
 import pytest
 import torch
 
+from shared_bert import fix_coefficients, from_stock, to_stock
+
+from ..conftest import ATTENTION
 from .conftest import random_model
 
 accelerate = pytest.importorskip("accelerate", reason="needs the package accelerate")
+
+
+@pytest.mark.parametrize("convert", [to_stock, fix_coefficients, lambda model: from_stock(model, "shared")])
+def test_weights_that_are_elsewhere_are_not_converted(kind, convert):
+    model = random_model(kind, **ATTENTION["masa_network"])
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="offloaded: load it whole first"):
+        convert(model)
 
 
 def by_device_map(model, folder):

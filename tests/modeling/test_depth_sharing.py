@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache, StaticCache
 
 from shared_bert import SCHEMES, SharedGptConfig, SharedGptModel, fix_coefficients
 from shared_bert.modeling import depth_sharing
@@ -439,10 +439,11 @@ class Assembled:
 
 
 @pytest.mark.parametrize("way", ASSEMBLED)
-def test_matrices_are_assembled_once_per_generation(way, input_ids):
+def test_matrices_are_not_assembled_for_every_token(way, input_ids):
+    """Once for the prompt, and once for all tokens after it."""
     model = make("gpt", **WAYS[way])
     assembled = Assembled(model)
-    for times in (1, 2):
+    for times in (2, 4):
         generate(model, input_ids, do_sample=False)
         assert assembled.times == times
 
@@ -460,35 +461,72 @@ def double_by_assigning(model):
     model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True)
 
 
+def double_by_data(model):
+    vector = torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.vector_to_parameters(2 * vector, model.parameters())
+
+
 def train_a_step(model):
+    """Fused optimizers change parameters in place without counting it."""
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     model(torch.arange(5)[None], labels=torch.arange(5)[None]).loss.backward()
     optimizer.step()
     model.eval()
 
 
-@pytest.mark.parametrize("change", [double_in_place, double_by_loading, double_by_assigning, train_a_step])
+@pytest.mark.parametrize(
+    "change", [double_in_place, double_by_loading, double_by_assigning, double_by_data, train_a_step]
+)
 @pytest.mark.parametrize("way", ASSEMBLED)
 def test_changed_parameters_count_in_the_middle_of_a_generation(way, change, input_ids):
     model = make("gpt", **WAYS[way])
     cache = DynamicCache(config=model.config)
-    before = logits(model, input_ids[:, :8], past_key_values=cache)
+    before = [logits(model, part, past_key_values=cache) for part in input_ids[:, :8].split(4, dim=1)]
     change(model)
     got = logits(model, input_ids[:, 8:], past_key_values=cache)
 
-    # The same two steps, where nothing can be kept: the keys of the first and the weights of the second.
+    # The same steps, where nothing can be kept: the keys of the first ones and the weights of the last.
     twin = make("gpt", **WAYS[way])
     cache = DynamicCache(config=twin.config)
-    torch.testing.assert_close(twin(input_ids[:, :8], past_key_values=cache).logits, before)
+    for part, expected in zip(input_ids[:, :8].split(4, dim=1), before, strict=True):
+        torch.testing.assert_close(twin(part, past_key_values=cache).logits, expected)
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(got, twin(input_ids[:, 8:], past_key_values=cache).logits)
+
+
+def test_a_cache_that_is_used_again_has_the_weights_of_now(input_ids):
+    model = make("gpt", **WAYS["masa"])
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    for factor in (1, 3):
+        for parameter in model.parameters():
+            parameter.data *= factor
+        cache.reset()
+        got = [logits(model, part, past_key_values=cache) for part in input_ids.split(6, dim=1)]
+        torch.testing.assert_close(torch.cat(got, dim=1), logits(model, input_ids), rtol=1e-4, atol=1e-4)
+
+
+def test_another_type_in_the_middle_of_a_generation(input_ids):
+    model = make("gpt", **WAYS["masa"])
+    cache = DynamicCache(config=model.config)
+    for part in input_ids[:, :8].split(4, dim=1):
+        logits(model, part, past_key_values=cache)
+    assert logits(model.double(), input_ids[:, 8:], past_key_values=cache).dtype == torch.float64
+
+
+@pytest.mark.parametrize("way", ["masa", "masa_network"])
+def test_parameters_given_by_torch_func(kind, way, input_ids):
+    model = make(kind, **WAYS[way])
+    expected = logits(model, input_ids)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(model, parameters, (input_ids,)).logits, expected)
 
 
 def test_a_gradient_passes_through_matrices_in_a_generation(input_ids):
     model = make("gpt", **WAYS["masa"])
     cache = DynamicCache(config=model.config)
-    logits(model, input_ids[:, :8], past_key_values=cache)
+    for part in input_ids[:, :8].split(4, dim=1):
+        logits(model, part, past_key_values=cache)
     model(input_ids[:, 8:], past_key_values=cache).logits.sum().backward()
     assert shared_modules(model, SharedMatrix)[0].atoms.grad.any()
 
@@ -504,11 +542,16 @@ def test_a_model_made_in_inference_mode_generates(input_ids):
 
 def test_nothing_is_kept_when_a_generation_is_over(input_ids):
     model = make("gpt", **WAYS["masa"])
-    cache = DynamicCache(config=model.config)
-    logits(model, input_ids, past_key_values=cache)
+    gc.collect()
+    depth_sharing._KEPT.clear()
+    prompts = [DynamicCache(config=model.config) for _ in range(3)]
+    for cache in prompts:
+        logits(model, input_ids[:, :8], past_key_values=cache)
+    assert not depth_sharing._KEPT
+    logits(model, input_ids[:, 8:], past_key_values=cache)
     assert cache in depth_sharing._KEPT
     copy.deepcopy(model), pickle.dumps(cache)
-    del cache
+    del cache, prompts
     gc.collect()
     assert not depth_sharing._KEPT
 

@@ -285,6 +285,8 @@ def test_an_encoder_takes_position_ids_as_bert_does():
 def test_positions_beyond_the_embeddings_are_refused(kind, input_ids):
     with pytest.raises(ValueError, match=r"a position 40, but max_position_embeddings=40"):
         tiny_model(kind)(input_ids, position_ids=torch.arange(29, 41)[None])
+    with pytest.raises(ValueError, match=r"a position -1, but max_position_embeddings=40"):
+        tiny_model(kind)(input_ids, position_ids=torch.arange(-1, 11)[None])
 
 
 def test_flash_attention_is_given_the_documents(kind, input_ids):
