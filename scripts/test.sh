@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh test
 
 # The models are tiny: two processes of one thread each are the fastest.
-OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 "$@"
+OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist worksteal "$@"

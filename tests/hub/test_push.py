@@ -299,7 +299,7 @@ def test_a_killed_push_can_be_done_again(hub, saved, far, monkeypatch):
     route = hub._route
     seed = random.SystemRandom().randrange(2**32)
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-    for moment in random.Random(seed).sample(range(number_of_requests), 5):
+    for moment in random.Random(seed).sample(range(number_of_requests), 3):
         print(f"seed {seed}: killed at request {moment + 1} of {number_of_requests}")
         before = hub.repositories[REPO].branches["main"]
         with torch.no_grad():

@@ -30,11 +30,9 @@ def launch(launcher, path, *options):
     ("launcher", "model_type", "fields"),
     [
         ("torchrun", "shared_bert", SHAPE),
-        ("ddp_2cpu.yaml", "shared_gpt", SHAPE),
-        ("ddp_2cpu.yaml", "shared_bert", MASA_NETWORK),
+        ("ddp_2cpu.yaml", "shared_gpt", MASA_NETWORK),
+        ("fsdp2_2cpu.yaml", "shared_bert", MASA_NETWORK),
         ("fsdp2_2cpu.yaml", "shared_gpt", SHAPE),
-        ("fsdp2_2cpu.yaml", "shared_bert", SHAPE),
-        ("fsdp2_2cpu.yaml", "shared_gpt", MASA_NETWORK),
     ],
     ids=lambda value: value.get("depth_sharing", "none") if isinstance(value, dict) else value,
 )
