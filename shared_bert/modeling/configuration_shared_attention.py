@@ -3,21 +3,18 @@
 They are the same in every model.
 """
 
-import difflib
 import math
-from dataclasses import fields
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
+from transformers.utils.type_validators import interval
 
 from .schemes import SCHEMES, Scheme
 
-# The ways of sharing over the depth, and the field that says of how much each is made.
+# The ways of sharing over the depth, and the field that sizes each.
 DEPTH_SHARING = {
     "none": None,
     "masa": "num_atoms",
@@ -25,76 +22,8 @@ DEPTH_SHARING = {
     "repeat_all_over": "num_groups",
     "low_rank": "rank",
 }
-_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
-# What a value must be, whatever the others are. Types are checked besides, but not of the base class's fields.
-_VALID = (
-    (
-        (
-            "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-            "max_position_embeddings", "type_vocab_size", "num_labels",
-        ),
-        lambda number: type(number) is int and 1 <= number < 2**31,
-        "a number of at least 1 and below 2147483648",
-    ),
-    (("num_hidden_layers",), lambda number: 1 <= number <= 10_000, "at least 1 and at most 10000"),
-    (
-        ("attention_probs_dropout_prob", "hidden_dropout_prob"),
-        lambda share: 0 <= share < 1,
-        "at least 0 and below 1",
-    ),
-    (
-        ("classifier_dropout",),
-        lambda share: share is None or 0 <= share < 1,
-        "at least 0 and below 1, or None",
-    ),
-    (("diagonal_init_std", "initializer_range"), lambda std: 0 <= std < math.inf, "a finite number, 0 or more"),
-    (("layer_norm_eps",), lambda number: 0 < number < math.inf, "a finite number above 0"),
-    (
-        ("attention_scale",),
-        lambda number: number is None or 0 < number < math.inf,
-        "a finite number above 0, or None",
-    ),
-    (("attention_scheme",), SCHEMES.__contains__, f"one of {', '.join(SCHEMES)}"),
-    (("pairwise_init",), ("normal", "identity").__contains__, "normal or identity"),
-    (("depth_sharing",), DEPTH_SHARING.__contains__, f"one of {', '.join(DEPTH_SHARING)}"),
-    (("depth_shared_matrices",), ("qkv", "qkvo").__contains__, "qkv or qkvo"),
-    (("coefficient_source",), ("direct", "network").__contains__, "direct or network"),
-    (("coefficient_init",), ("depth", "normal").__contains__, "depth or normal"),
-    (("hidden_act",), ACT2FN.__contains__, f"one of {', '.join(ACT2FN)}"),
-    (
-        ("dtype",),
-        lambda name: name is None or isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype),
-        "a type of torch, such as float32, or None",
-    ),
-    (
-        ("id2label",),
-        lambda names: names is None or (isinstance(names, dict) and names and all(str(i).isdecimal() for i in names)),
-        "names of the labels 0, 1 …, or None",
-    ),
-    (
-        ("output_attentions", "output_hidden_states", "return_dict"),
-        lambda flag: flag is None or type(flag) is bool,
-        "True, False or None",
-    ),
-    (
-        ("layer_types",),
-        lambda names: names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
-        "a list of names, or None",
-    ),
-    (
-        ("auto_map",),
-        lambda names: names is None
-        or (isinstance(names, dict) and all(isinstance(name, (str, list, tuple)) for name in names.values())),
-        "names of classes by their Auto class, or None",
-    ),
-    (("problem_type",), _PROBLEM_TYPES.__contains__, "one of " + ", ".join(map(str, _PROBLEM_TYPES))),
-)  # fmt: skip
 # What a config file does not decide: it could name a kernel of the Hub, whose code would run, or a pickle.
 _CALLERS_CHOICE = ("attn_implementation", "_attn_implementation", "transformers_weights")
-# A keyword this like a field's name, and no field, is that field misspelt. What transformers itself hands on, sets and
-# saves is less like any (`layer_norm_epsilon`, at 0.875, comes nearest); all else stays allowed, as in every config of
-# transformers.
-_MISSPELT = 0.88
 # What `with_attention` does not keep.
 _CHOICES = (
     "attention_scheme", "attention_scale", "num_key_value_heads", "depth_sharing", "depth_shared_matrices",
@@ -103,21 +32,21 @@ _CHOICES = (
 
 
 def checked(cls: type) -> type:
-    """Makes a config class `strict`, with ValueErrors in place of errors of a kind that nobody expects."""
+    """Make a config class `strict`, as transformers does, but with a ValueError where a value is wrong."""
     cls = strict(cls)
-    cls.__setattr__, cls.validate = _with_value_errors(cls.__setattr__), _with_value_errors(cls.validate)
+
+    def with_value_errors(method):
+        @wraps(method)
+        def wrapper(*args):
+            try:
+                method(*args)
+            except StrictDataclassError as error:
+                raise ValueError(" ".join(str(error).split())) from error
+
+        return wrapper
+
+    cls.__setattr__, cls.validate = with_value_errors(cls.__setattr__), with_value_errors(cls.validate)
     return cls
-
-
-def _with_value_errors(method):
-    @wraps(method)
-    def wrapper(*args):
-        try:
-            method(*args)
-        except StrictDataclassError as error:
-            raise ValueError(str(error.__cause__)) from error
-
-    return wrapper
 
 
 @checked
@@ -157,23 +86,23 @@ class SharedAttentionConfig(PreTrainedConfig):
     # Which class of the model's file serves which Auto class.
     auto_classes: ClassVar[dict[str, str]] = {}
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+    hidden_size: int = interval(min=1)(default=768)
+    num_hidden_layers: int = interval(min=1)(default=12)
+    num_attention_heads: int = interval(min=1)(default=12)
     attention_scheme: str = "standard"
     attention_scale: float | int | None = None
     attention_bias: bool = True
     num_key_value_heads: int | None = None
-    diagonal_init_std: float | int = 0.0
-    pairwise_init: str = "normal"
-    depth_sharing: str = "none"
-    depth_shared_matrices: str = "qkv"
+    diagonal_init_std: float | int = interval(min=0, exclude_max=True)(default=0.0)
+    pairwise_init: Literal["normal", "identity"] = "normal"
+    depth_sharing: Literal[tuple(DEPTH_SHARING)] = "none"
+    depth_shared_matrices: Literal["qkv", "qkvo"] = "qkv"
     num_atoms: int | None = None
     num_groups: int | None = None
     rank: int | None = None
     layer_ranks: list[list[int]] | None = None
-    coefficient_source: str = "direct"
-    coefficient_init: str = "depth"
+    coefficient_source: Literal["direct", "network"] = "direct"
+    coefficient_init: Literal["depth", "normal"] = "depth"
     attention_probs_dropout_prob: float | int = 0.1
     hidden_dropout_prob: float | int = 0.1
     initializer_range: float | int = 0.02
@@ -258,33 +187,19 @@ class SharedAttentionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        names = [field.name for field in fields(self)]
-        for name in kwargs:
-            if nearest := difflib.get_close_matches(name, names, n=1, cutoff=_MISSPELT):
-                raise ValueError(f"{name} is no field of {type(self).__name__}; the nearest one is {nearest[0]}")
-            attribute = getattr(type(self), name, None)
-            if callable(attribute) or (isinstance(attribute, property) and attribute.fset is None):
-                raise ValueError(f"{name} is no field of {type(self).__name__}, but part of its class: leave it out")
-        _check_values({**vars(self), **kwargs})  # before the base class works with them
         super().__post_init__(**kwargs)
 
-    def validate_fields(self):
-        """Raises the ValueErrors of this class: a method of this name is called by `strict`."""
-        _check_values({**vars(self), "num_labels": self.num_labels})
-        self._check_attention()
-        self._check_depth_sharing()
-
-    def _check_attention(self):
-        pad_token_id, vocab_size = (getattr(self, field, None) for field in ("pad_token_id", "vocab_size"))
-        if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
-            raise ValueError(
-                f"pad_token_id={pad_token_id} must be at least 0 and below vocab_size={vocab_size}, or None"
-            )
+    # Methods of this name are called by `strict`.
+    def validate_attention(self):
+        """Raise a ValueError for a scheme, a scale or numbers of heads that have no meaning."""
+        self.scheme  # noqa: B018 - names the valid ones
+        if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
+            raise ValueError(f"attention_scale={self.attention_scale} must be finite and above 0, or None")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
@@ -294,10 +209,11 @@ class SharedAttentionConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} groups queries, but attention_scheme="
                 f"{self.attention_scheme!r} takes its key or value from the query's matrix or from the input, "
-                f"which have num_attention_heads={self.num_attention_heads} heads; it can be had with {groupable}"
+                f"which have num_attention_heads={self.num_attention_heads} heads; use one of {groupable}"
             )
 
-    def _check_depth_sharing(self):
+    def validate_depth_sharing(self):
+        """Raise a ValueError for fields that do not go with `depth_sharing`, or that it lacks."""
         needed = DEPTH_SHARING[self.depth_sharing]
         allowed = {needed} if self.depth_sharing == "none" else {needed, "rank", "layer_ranks"}
         for field in ("num_atoms", "num_groups", "rank", "layer_ranks"):
@@ -337,10 +253,3 @@ class SharedAttentionConfig(PreTrainedConfig):
             raise ValueError(f"layer_ranks={self.layer_ranks} must be {shape}")
         if not all(0 <= rank <= self.hidden_size for row in self.layer_ranks for rank in row):
             raise ValueError(f"layer_ranks={self.layer_ranks} must lie between 0 and hidden_size={self.hidden_size}")
-
-
-def _check_values(values: dict[str, Any]):
-    for names, is_valid, wanted in _VALID:
-        for name in names:
-            if name in values and not is_valid(values[name]):
-                raise ValueError(f"{name}={values[name]!r} must be {wanted}")

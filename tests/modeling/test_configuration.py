@@ -27,10 +27,13 @@ def test_defaults_are_the_papers():
         ({"num_key_value_heads": 2, "attention_scheme": "value_free"}, "num_key_value_heads=2"),
         ({"attention_scale": 0.0}, "attention_scale"),
         ({"attention_scale": float("nan")}, "attention_scale"),
-        ({"pairwise_init": "eye"}, "pairwise_init='eye'"),
+        ({"pairwise_init": "eye"}, "'pairwise_init' expected one of .*, got eye"),
+        ({"depth_sharing": "masaa"}, "'depth_sharing' expected one of .*'masa'.*, got masaa"),
         ({"diagonal_init_std": -1.0}, "diagonal_init_std"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob"),
+        ({"num_attention_heads": 0}, "num_attention_heads.* must be greater or equal to 1, got 0"),
+        ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+        ({"hidden_size": True}, "'hidden_size' expected int, got bool"),
     ],
 )
 def test_what_has_no_meaning_is_refused(kind, fields, named):
