@@ -93,7 +93,7 @@ class SharedAttentionConfig(PreTrainedConfig):
     attention_scale: float | int | None = None
     attention_bias: bool = True
     num_key_value_heads: int | None = None
-    diagonal_init_std: float | int = interval(min=0, exclude_max=True)(default=0.0)
+    diagonal_init_std: float | int = 0.0
     pairwise_init: Literal["normal", "identity"] = "normal"
     depth_sharing: Literal[tuple(DEPTH_SHARING)] = "none"
     depth_shared_matrices: Literal["qkv", "qkvo"] = "qkv"
@@ -195,6 +195,8 @@ class SharedAttentionConfig(PreTrainedConfig):
         self.scheme  # noqa: B018 - names the valid ones
         if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
             raise ValueError(f"attention_scale={self.attention_scale} must be finite and above 0, or None")
+        if not 0 <= self.diagonal_init_std < math.inf:
+            raise ValueError(f"diagonal_init_std={self.diagonal_init_std} must be finite and at least 0")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}"
