@@ -147,3 +147,11 @@ def test_overhead_is_the_kept_result():
     kept = json.loads((ROOT / "model_cards" / "benchmark_depth_cpu.json").read_text())["results"]
     for row in kept:
         assert f"{row['overhead']:+.1%}".replace("%", " %").replace("-", "−") in README
+
+
+def test_decoding_is_the_kept_result():
+    (row,) = json.loads((ROOT / "model_cards" / "benchmark_decode_cpu.json").read_text())["results"]
+    low, _, high = row["speedup_quartiles"]
+    assert f"{row['speedup']:.2f}× its\nspeed (quartiles of nine alternating rounds {low:.2f} to {high:.2f}" in README
+    for seconds in row["seconds_per_token"].values():
+        assert f"{1000 * seconds:.1f} ms" in README
