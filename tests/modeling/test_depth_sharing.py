@@ -230,8 +230,8 @@ def test_every_other_config_names_its_field(fields, kind):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"depth_sharing": "msa"}, "depth_sharing='msa'.*masa"),
-        ({"depth_shared_matrices": "qk"}, "depth_shared_matrices='qk'.*qkvo"),
+        ({"depth_sharing": "msa"}, "'depth_sharing'.*'masa'.*got msa"),
+        ({"depth_shared_matrices": "qk"}, "'depth_shared_matrices'.*'qkvo'.*got qk"),
         ({"depth_sharing": "masa"}, "'masa' needs num_atoms"),
         ({"depth_sharing": "sequential"}, "'sequential' needs num_groups"),
         ({"depth_sharing": "low_rank"}, "'low_rank' needs rank"),
@@ -242,7 +242,7 @@ def test_every_other_config_names_its_field(fields, kind):
         (WAYS["sequential"] | {"num_groups": 0}, "num_groups=0"),
         (WAYS["low_rank"] | {"rank": 17}, "rank=17.*hidden_size=16"),
         (WAYS["sequential"] | {"coefficient_source": "network"}, "coefficient_source='network'.*'sequential'"),
-        (WAYS["masa"] | {"coefficient_init": "zero"}, "coefficient_init='zero'"),
+        (WAYS["masa"] | {"coefficient_init": "zero"}, "'coefficient_init'.*'normal'.*got zero"),
         (WAYS["low_rank"] | {"layer_ranks": [[1]] * 4}, "rank=5 and layer_ranks say the same"),
         (WAYS["masa"] | {"layer_ranks": [[1, 1]] * 4}, "layer_ranks=.*4 lists of 3 ranks"),
         (WAYS["masa"] | {"layer_ranks": [[1, 1, 17]] * 4}, "layer_ranks=.*hidden_size=16"),
