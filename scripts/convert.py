@@ -27,8 +27,9 @@ from shared_bert.data.sources import FORMATS
 from shared_bert.folders import check_free, copy_tokenizer, load_model, whole_folder
 from shared_bert.modeling.configuration_shared_attention import DEPTH_SHARING
 from shared_bert.training import DataArguments, PretrainingArguments, heal
-from shared_bert.training.checkpoints import checkpoints
-from shared_bert.training.healing import check_healing, healing_blocks
+from shared_bert.training.checkpoints import finished_checkpoints
+from shared_bert.training.healing import check_healing
+from shared_bert.training.text import pack_documents, read_documents
 
 SOURCES = (*SHARED_CLASSES, *STOCK_CLASSES)
 CONFIG_FIELDS = {
@@ -90,7 +91,7 @@ def convert_and_heal(arguments: argparse.Namespace):
     check_healing(teacher, tokenizer, data_args, training_args)
     # The first process converts, the others find the result; what is wrong with the text shows before.
     with training_args.main_process_first(local=False, desc="converting the model"):
-        healing_blocks(tokenizer, data_args, training_args)
+        pack_documents(read_documents(data_args, training_args.seed), tokenizer, data_args)
         if training_args.process_index == 0 and not (goes_on and converted.exists()):
             write_converted(teacher, arguments, converted)
     recorded = json.loads((converted / "conversion.json").read_text())["options"]
@@ -99,7 +100,7 @@ def convert_and_heal(arguments: argparse.Namespace):
             raise ValueError(
                 f"{converted} was made with {name}={recorded[name]!r}, not {value!r}: name another folder"
             )
-    if goes_on and not checkpoints(arguments.output):
+    if goes_on and not finished_checkpoints(arguments.output):
         training_args.resume_from_checkpoint = None  # stopped before the first checkpoint
     student = load_model(str(converted), STOCK_CLASSES)
     heal(student, teacher, tokenizer, data_args, training_args, save_more=partial(copy_tokenizer, arguments.model))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import CONFIG_NAME
 
@@ -17,7 +17,7 @@ from .. import modeling
 
 logger = logging.getLogger(__name__)
 
-# Checkpoints and models are written in here and moved out when they are whole.
+# A trained model is written in here and moved out when it is whole.
 UNFINISHED = "_unfinished"
 # What a run leaves beside its checkpoints: all of it is removed with the run, and any of it marks a folder as taken.
 # The config goes first: without it, what is left when the removal is cut off is no model.
@@ -28,7 +28,8 @@ _RUN_FILES = (
 # What is removed with a run, but is no mark of one: the first two come before anything that training could go on from,
 # and the model's code may be there without a run. Other code, and the README.md, may be the user's own: they stay.
 _REMOVED_TOO = ("run.json*", UNFINISHED, *(path.name for path in Path(modeling.__file__).parent.glob("[!_]*.py")))
-_NEEDED = ("trainer_state.json", "model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
+# Trainer writes the first of them last: a checkpoint without it was cut off.
+_NEEDED = (TRAINER_STATE_NAME, "model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 
 
 def checkpoint_damage(folder: str | Path) -> str | None:
@@ -68,9 +69,14 @@ def _damaged_files(folder: Path) -> Iterator[str]:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Lists the checkpoint folders of a run, oldest step first."""
+    """List the checkpoint folders of a run, oldest step first."""
     folders = (path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit())
     return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def finished_checkpoints(output_dir: str | Path) -> list[Path]:
+    """List the checkpoint folders that were not cut off while they were written, oldest step first."""
+    return [path for path in checkpoints(output_dir) if (path / TRAINER_STATE_NAME).exists()]
 
 
 def last_checkpoint(output_dir: str | Path) -> str:
@@ -107,7 +113,7 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | N
             return wish
     if Path(output_dir).is_file():
         raise ValueError(f"output_dir={output_dir!r} is a file: name a folder")
-    if not overwrite and (found := _run_files(output_dir, _RUN_FILES)):
+    if not overwrite and (found := [*finished_checkpoints(output_dir), *_matching(output_dir, _RUN_FILES)]):
         raise ValueError(
             f"output_dir={output_dir!r} holds another run ({found[0].name}): go on with it by "
             "resume_from_checkpoint=true, replace it by overwrite_output_dir=true, or name another folder"
@@ -117,15 +123,15 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | N
 
 def remove_run(output_dir: str):
     """Deletes what `Trainer` and `pretrain` left in a folder; other files stay."""
-    for path in _run_files(output_dir, (*_RUN_FILES, *_REMOVED_TOO)):
+    for path in [*checkpoints(output_dir), *_matching(output_dir, (*_RUN_FILES, *_REMOVED_TOO))]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
 
 
-def _run_files(output_dir: str, names: Iterable[str]) -> list[Path]:
-    return checkpoints(output_dir) + [path for name in names for path in sorted(Path(output_dir).glob(name))]
+def _matching(output_dir: str, names: Iterable[str]) -> list[Path]:
+    return [path for name in names for path in sorted(Path(output_dir).glob(name))]
 
 
 def publish(unfinished: Path, folder: Path):

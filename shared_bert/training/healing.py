@@ -8,21 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..conversion.families import SHARED_CLASSES, STOCK_CLASSES, family_of
 from ..conversion.stock import read_stock
-from ..data import Blocks, StreamedBlocks, collate_blocks
+from ..data import collate_blocks
 from ..data.packing import PADDING
 from ..modeling import SharedBertForMultipleChoice
 from .arguments import DataArguments, PretrainingArguments
-from .checkpoints import checkpoint_to_resume
-from .loss_curve import save_loss_curve
-from .models import restore_use_cache
-from .pretraining import EndlessBlocks, RunRemover, check_launch, check_streaming, pack_split, read_documents
-from .run_record import RunRecorder
-from .trainer import PretrainingTrainer, uses_fsdp
+from .run import run_training, starting_checkpoint
+from .text import block_datasets, check_streaming, pack_documents, read_documents
+from .trainer import TimedTrainer, uses_fsdp
 
 
 def heal(
@@ -43,7 +39,7 @@ def heal(
         teacher: the original: stock, or of this package. Its weights stay as they are.
         tokenizer: of both.
         data_args: the text; what it says of masks is not used, since nothing is masked.
-        save_more: see `PretrainingTrainer`.
+        save_more: see `SafeTrainer`.
 
     Returns:
         The metrics of training and of the final evaluation.
@@ -57,14 +53,11 @@ def heal(
     """
     if type(teacher) in SHARED_CLASSES:
         teacher = read_stock(teacher)
-    checkpoint = checkpoint_to_resume(
-        training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
-    )
-    check_launch(checkpoint, training_args)
+    checkpoint = starting_checkpoint(training_args)
     _check_pair(model, teacher)
     check_healing(teacher, tokenizer, data_args, training_args)
     with training_args.main_process_first(local=False, desc="reading and packing the text"):
-        blocks = healing_blocks(tokenizer, data_args, training_args)
+        blocks = pack_documents(read_documents(data_args, training_args.seed), tokenizer, data_args)
 
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # by which a classifier finds the ends of texts
@@ -77,36 +70,20 @@ def heal(
         teacher=teacher,
         args=training_args,
         data_collator=collate_blocks,
-        train_dataset=EndlessBlocks(blocks["train"]) if data_args.streaming else Blocks(blocks["train"]),
-        eval_dataset=StreamedBlocks(blocks["validation"]) if data_args.streaming else Blocks(blocks["validation"]),
         processing_class=tokenizer,
         save_more=save_more,
+        **block_datasets(blocks),
     )
-    if training_args.overwrite_output_dir:
-        trainer.add_callback(RunRemover)
-    trainer.add_callback(RunRecorder("healing", data_args))
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    predicts_tokens = family_of(model.config).is_language_model(model)
+    loss_name = "error of states + KL divergence (nats)" if predicts_tokens else "error of states"
+    metrics = run_training(trainer, checkpoint, "healing", data_args, loss_name=loss_name)
     for parameter in unused:
         parameter.requires_grad_(True)
-    restore_use_cache(model.config)
-    evaluation = trainer.finish(metrics)
     if trainer.is_world_process_zero():
-        title = f"{type(model).__name__} ({model.config.attention_scheme}, {model.config.depth_sharing}), healing"
-        predicts_tokens = family_of(model.config).is_language_model(model)
-        loss_name = "error of states + KL divergence (nats)" if predicts_tokens else "error of states"
-        save_loss_curve(training_args.output_dir, trainer.state.log_history, None, title, loss_name)
-        print(f"healed to a loss of {evaluation['eval_loss']:.4f}; the model is in {training_args.output_dir}")
+        print(f"healed to a loss of {metrics['eval_loss']:.4f}; the model is in {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub()
-    return {**metrics, **evaluation}
-
-
-def healing_blocks(
-    tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, training_args: PretrainingArguments
-) -> dict[str, Dataset | IterableDataset]:
-    """Packs the text of `heal`, under "train" and "validation"; raises its errors of text that is no use."""
-    documents = read_documents(data_args, training_args.seed)
-    return {split: pack_split(split, part, tokenizer, data_args) for split, part in documents.items()}
+    return metrics
 
 
 def _check_pair(model: PreTrainedModel, teacher: PreTrainedModel):
@@ -151,7 +128,7 @@ def check_healing(
         )
 
 
-class HealingTrainer(PretrainingTrainer):
+class HealingTrainer(TimedTrainer):
     """Distils a teacher into its converted model: the loss is `healing_loss`, in training and in evaluation.
 
     Both run in eval mode: the target is what the teacher gives without dropout, so the student has none either.
@@ -185,10 +162,6 @@ class HealingTrainer(PretrainingTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
-
-    def evaluation_loop(self, *args, **kwargs):
-        self._timed_tokens = 0
-        return super(PretrainingTrainer, self).evaluation_loop(*args, **kwargs)  # this loss has no perplexity
 
 
 def _parameters_without_gradient(model: PreTrainedModel) -> list[torch.nn.Parameter]:

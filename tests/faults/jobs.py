@@ -5,10 +5,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import transformers
 from safetensors.torch import save_file
 
 from shared_bert.data import load_documents, pack, train_tokenizer
-from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain, trainer
+from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain
 from shared_bert.training.checkpoints import checkpoint_damage, checkpoints
 
 SCRIPTS = {
@@ -60,7 +61,7 @@ def fill_disk(folder: Path, room: int):
 def run_pretraining_until_the_disk_is_full(recipe: Path, event: str, step: int, room: int, *options: str):
     """Fills the disk of `recipe` when Trainer tells of `event` at `step`."""
 
-    class Filler(trainer._EpochSetter):
+    class Filler(transformers.TrainerCallback):
         pass
 
     def fill(self, args, state, control, **kwargs):
@@ -68,5 +69,5 @@ def run_pretraining_until_the_disk_is_full(recipe: Path, event: str, step: int, 
             fill_disk(recipe.parent, room)
 
     setattr(Filler, event, fill)
-    trainer._EpochSetter = Filler
+    transformers.trainer.DEFAULT_CALLBACKS.append(Filler)
     run_script("pretrain.py", recipe, *options)

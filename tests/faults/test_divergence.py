@@ -1,9 +1,11 @@
-"""A loss or a weight that is infinite or no number ends the run, before it is saved, and names what to go back to."""
+"""A loss or a weight that is NaN or infinite ends the run, before it is saved, and names what to go back to."""
 
 import math
+import re
 
 import pytest
 import torch
+import transformers
 from transformers import TrainerCallback
 
 from shared_bert import SharedBertForMaskedLM
@@ -32,11 +34,8 @@ class Poison(TrainerCallback):
 @pytest.fixture
 def poison(monkeypatch):
     def poison(event, step):
-        plain = PretrainingTrainer.__init__
-        callbacks = [Poison(event, step)]
-        monkeypatch.setattr(
-            PretrainingTrainer, "__init__", lambda self, **kwargs: plain(self, callbacks=callbacks, **kwargs)
-        )
+        callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, Poison(event, step)]
+        monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", callbacks)
 
     return poison
 
@@ -70,7 +69,7 @@ def poison(monkeypatch):
 )
 def test_a_run_stops_before_it_saves(tmp_path, poison, event, step, saved, what, at):
     poison(event, step)
-    message = rf"{what} infinite or no number \(NaN\) at step {at} \(learning rate .*\); the last .* is .*{saved}\. "
+    message = rf"{what} NaN or infinite at step {at} \(learning rate .*\); the last .* is .*{saved}\. "
     with pytest.raises(FloatingPointError, match=message):
         run_here(tmp_path, max_steps=8, save_steps=3, logging_steps=100)
     assert not (tmp_path / "run" / "config.json").exists()
@@ -97,7 +96,6 @@ def test_losses_are_not_waited_for(tmp_path, monkeypatch):
     assert not arguments.logging_nan_inf_filter
     trainer = PretrainingTrainer(model=SharedBertForMaskedLM(tiny_config("bert")), args=arguments)
     monkeypatch.setattr("transformers.Trainer.training_step", lambda *args, **kwargs: torch.empty((), device="meta"))
-    monkeypatch.setattr(trainer, "_get_learning_rate", lambda: 1.0)
     trainer._first_bad_step = trainer._first_bad_step.to("meta")  # has no value that could be read
     trainer.training_step(trainer.model, {"input_ids": torch.ones(2, 8, dtype=torch.long)})
 
@@ -108,7 +106,7 @@ def test_an_absurd_learning_rate_is_told_in_one_line(tmp_path):
     process = run(SCRIPT, path)
     assert process.returncode == 2
     line = process.stderr.splitlines()[-1]
-    assert line.startswith("pretrain.py: the loss is infinite or no number (NaN) at step ")
+    assert line.startswith("pretrain.py: the loss is NaN or infinite at step ")
     assert "(learning rate 1e+30); there is no good checkpoint. Start" in line
     assert "Traceback" not in process.stderr
 
@@ -141,8 +139,8 @@ def test_two_processes_stop_together(tmp_path):
     path = write_recipe(tmp_path, config_overrides=SHAPE, logging_steps=4, per_device_train_batch_size=4)
     process = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, path)
     assert process.returncode != 0
-    expected = (
-        f"is infinite or no number (NaN) at step 7 (learning rate 0.0004); the last good checkpoint is {tmp_path}"
-    )
-    assert expected in process.stderr  # once or twice: the launcher ends the second process if it is the slower one
+    expected = rf"the loss is NaN or infinite at step 7 \(learning rate .*\); the last good checkpoint is {tmp_path}"
+    assert re.search(
+        expected, process.stderr
+    )  # once or twice: the launcher ends the second process if it is the slower one
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]

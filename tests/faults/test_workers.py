@@ -27,11 +27,11 @@ class Dying(PretrainingTrainer):
             die("training")
         return super().training_step(*args, **kwargs)
 
-def pack_split(*args):
+def pack_documents(*args):
     die("packing")
-    return plain_pack_split(*args)
+    return plain_pack_documents(*args)
 
-plain_pack_split, pretraining.pack_split = pretraining.pack_split, pack_split
+plain_pack_documents, pretraining.pack_documents = pretraining.pack_documents, pack_documents
 pretraining.PretrainingTrainer = Dying
 pretrain(*parse_recipe(sys.argv[1:]))
 """

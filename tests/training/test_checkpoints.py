@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared_bert.training import last_checkpoint
-from shared_bert.training.checkpoints import UNFINISHED, checkpoint_damage, checkpoint_to_resume, remove_run
+from shared_bert.training.checkpoints import checkpoint_damage, checkpoint_to_resume, remove_run
 
 
 def write_checkpoint(folder, step):
@@ -73,10 +73,13 @@ def test_what_may_be_the_users_own_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == own
 
 
-@pytest.mark.parametrize("name", ["README.md", "train.py", "modeling_shared_bert.py", "run.json", UNFINISHED])
+@pytest.mark.parametrize("name", ["README.md", "train.py", "modeling_shared_bert.py", "run.json", "checkpoint-5"])
 def test_no_mark_of_another_run(tmp_path, name):
     """The last two are what a run leaves that was killed before its first checkpoint was whole."""
-    (tmp_path / name).mkdir() if name == UNFINISHED else (tmp_path / name).touch()
+    if name == "checkpoint-5":
+        (write_checkpoint(tmp_path, 5) / "trainer_state.json").unlink()
+    else:
+        (tmp_path / name).touch()
     assert checkpoint_to_resume(str(tmp_path), None, overwrite=False) is None
 
 

@@ -1,0 +1,73 @@
+"""A run of training, from the checkpoint it starts from to the saved model, its metrics and its loss curve."""
+
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from .arguments import DataArguments, PretrainingArguments
+from .checkpoints import checkpoint_to_resume, remove_run
+from .loss_curve import save_loss_curve
+from .models import restore_use_cache
+from .run_record import RunRecorder
+from .trainer import SafeTrainer, uses_fsdp
+
+
+def starting_checkpoint(training_args: PretrainingArguments) -> str | None:
+    """Return the checkpoint that a run starts from, or None for a new run.
+
+    Raises:
+        ValueError: see `checkpoint_to_resume`; a checkpoint that was written under FSDP and is not resumed so, or
+            the reverse.
+    """
+    checkpoint = checkpoint_to_resume(
+        training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
+    )
+    if checkpoint and Path(checkpoint, "optimizer.bin").exists() != uses_fsdp(training_args):
+        raise ValueError(
+            f"{checkpoint} was written {'without' if uses_fsdp(training_args) else 'under'} FSDP: launch the run as "
+            "it was, or start a new one from its weights by model_name_or_path"
+        )
+    return checkpoint
+
+
+class _RunRemover(TrainerCallback):
+    """Deletes the run that `output_dir` holds when all that can be wrong with the new one has been tried."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            remove_run(args.output_dir)
+
+
+def run_training(
+    trainer: SafeTrainer,
+    checkpoint: str | None,
+    kind: str,
+    data_args: DataArguments,
+    unigram_entropy: float | None = None,
+    loss_name: str = "loss (nats per predicted token)",
+) -> dict[str, float]:
+    """Train, and leave in `output_dir` the model, its metrics, `run.json` and the loss curve.
+
+    Args:
+        checkpoint: to go on from, or None.
+        kind: "pre-training" or "healing".
+        data_args: the text, for `run.json`.
+        unigram_entropy, loss_name: see `save_loss_curve`.
+
+    Returns:
+        The metrics of training and of the final evaluation.
+    """
+    args, config = trainer.args, trainer.model.config
+    if args.overwrite_output_dir:
+        trainer.add_callback(_RunRemover)
+    trainer.add_callback(RunRecorder(kind, data_args))
+    if checkpoint and trainer.is_world_process_zero():
+        print(f"resuming from {checkpoint}", flush=True)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    restore_use_cache(config)
+    evaluation = trainer.finish(metrics)
+    if trainer.is_world_process_zero():
+        sharing = [name for name in (config.attention_scheme, config.depth_sharing) if name != "none"]
+        title = f"{type(trainer.model).__name__} ({', '.join(sharing)}), {kind}"
+        save_loss_curve(args.output_dir, trainer.state.log_history, unigram_entropy, title, loss_name)
+    return {**metrics, **evaluation}
