@@ -1,11 +1,20 @@
-"""How scripts report what their users can mend."""
+"""How scripts read their arguments and report what their users can mend."""
 
 import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
+from transformers import HfArgumentParser
+
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+
+
+class RaisingParser(HfArgumentParser):
+    """`HfArgumentParser` that raises a ValueError where argparse would print its usage and exit."""
+
+    def error(self, message):
+        raise ValueError(message)
 
 
 def reports_user_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], int]:

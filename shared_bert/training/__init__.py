@@ -1,21 +1,26 @@
 """Pre-training on `transformers.Trainer`."""
 
 try:
-    from .arguments import DataArguments, ModelArguments, PretrainingArguments
+    from .arguments import ConversionArguments, DataArguments, ModelArguments, PretrainingArguments
     from .checkpoints import last_checkpoint
+    from .converting import convert, convert_and_heal
     from .healing import heal
     from .pretraining import pretrain
     from .recipe import parse_recipe
     from .throughput import peak_flops, training_flops_per_token
-    from .trainer import PretrainingTrainer
+    from .trainer import PretrainingTrainer, SafeTrainer
 except ModuleNotFoundError as error:
     raise ImportError(f"shared_bert.training needs {error.name}: pip install 'shared_bert[train]'") from error
 
 __all__ = [
+    "ConversionArguments",
     "DataArguments",
     "ModelArguments",
     "PretrainingArguments",
     "PretrainingTrainer",
+    "SafeTrainer",
+    "convert",
+    "convert_and_heal",
     "heal",
     "last_checkpoint",
     "parse_recipe",

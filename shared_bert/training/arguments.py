@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..modeling import SCHEMES
+from ..modeling.configuration_shared_attention import DEPTH_SHARING
 from .yaml_files import load_yaml
 
 
-def _argument(default: Any, text: str):
-    return field(default=default, metadata={"help": text})
+def _argument(default: Any, text: str, **options):
+    return field(default=default, metadata={"help": text, **options})
 
 
 @dataclass
@@ -102,6 +104,32 @@ class DataArguments:
     def __post_init__(self):
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"mlm_probability={self.mlm_probability} must be above 0 and at most 1")
+
+
+@dataclass
+class ConversionArguments:
+    """How a trained model is converted; see `from_stock`.
+
+    Raises:
+        ValueError: calibration_tokens without calibration.
+    """
+
+    attention_scheme: str = _argument("standard", "Which matrices make query, key and value.", choices=[*SCHEMES])
+    depth_sharing: str = _argument("none", "How matrices are shared over the depth.", choices=[*DEPTH_SHARING])
+    depth_shared_matrices: str = _argument("qkv", "Which matrices depth_sharing is for.", choices=["qkv", "qkvo"])
+    num_atoms: int | None = _argument(None, "Matrices in each dictionary of masa.")
+    num_groups: int | None = _argument(None, "Groups of layers of sequential and repeat_all_over.")
+    rank: int | None = _argument(None, "Of low_rank; with the others, of what each layer adds to its shared matrices.")
+    num_key_value_heads: int | None = _argument(None, "Fewer heads for key and value.")
+    dictionary_groups: int = _argument(1, "Split the dictionary of masa into this many.")
+    spread_rank: bool = _argument(False, "Spread the rank over the matrices that need it.")
+    align: bool = _argument(True, "Turn and reorder heads before they are shared.")
+    calibration: str | None = _argument(None, "Text to fit to: a file, or the name of a data set.")
+    calibration_tokens: int | None = _argument(None, "How much of it; 65,536 by default.")
+
+    def __post_init__(self):
+        if self.calibration_tokens is not None and self.calibration is None:
+            raise ValueError(f"calibration_tokens={self.calibration_tokens} goes with calibration")
 
 
 @dataclass

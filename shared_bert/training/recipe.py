@@ -5,8 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
+from ..command_line import RaisingParser
 from .arguments import DataArguments, ModelArguments, PretrainingArguments, read_overrides
 from .yaml_files import check_keys, load_mapping
 
@@ -19,13 +18,6 @@ _REPLACED_BY = {
     "tokenizer_name": ("tokenizer_vocab_size",),
     "tokenizer_vocab_size": ("tokenizer_name",),
 }
-
-
-class _Parser(HfArgumentParser):
-    """Raises where argparse would print its usage and exit."""
-
-    def error(self, message):
-        raise ValueError(message)
 
 
 def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
@@ -41,7 +33,7 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArgument
     Raises:
         ValueError: a key or option that no field has, or a value of the wrong type.
     """
-    parser = _Parser(_DATACLASSES, allow_abbrev=False)
+    parser = RaisingParser(_DATACLASSES, allow_abbrev=False)
     valid = {field.name for dataclass in _DATACLASSES for field in fields(dataclass)}
     recipe = {}
     if arguments and not arguments[0].startswith("-"):

@@ -192,7 +192,7 @@ BAD_OPTIONS = [
     ("--calibration missing.txt --block_size 32", "no file found at 'missing.txt'"),
     ("--calibration TEXT", "block_size=512 is more than max_position_embeddings=40"),
     ("--calibration TEXT --block_size 32 --calibration_tokens 0", "num_tokens=0 must be at least 1"),
-    ("--calibration_tokens 100", "--calibration_tokens goes with --calibration"),
+    ("--calibration_tokens 100", "calibration_tokens=100 goes with calibration"),
     ("--max_steps 3", "--max_steps goes with --heal"),
     ("--sample_by line", "--sample_by goes with --heal or --calibration"),
     ("--output_dir out", "--output_dir: name the folder as OUTPUT only"),
@@ -264,7 +264,7 @@ def test_a_run_stopped_before_its_first_checkpoint(convert, stock, text, tmp_pat
         patch.setattr(healing.HealingTrainer, "train", stop)
         assert "stopped" in run(convert, capsys, *options)
     assert "exists and is not an empty folder" in run(convert, capsys, *options)
-    monkeypatch.setattr(shared_bert, "from_stock", stop)  # the conversion is not made again
+    monkeypatch.setattr("shared_bert.training.converting.from_stock", stop)  # the conversion is not made again
     message = run(convert, capsys, *options, "--resume_from_checkpoint", "true", "--attention_scheme", "unified")
     assert "was made with attention_scheme='shared_kv', not 'unified'" in message
     assert convert([*options, "--resume_from_checkpoint", "true"]) == 0
