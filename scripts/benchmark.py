@@ -113,8 +113,7 @@ def write(arguments: argparse.Namespace, rows: list[dict]):
     print(f"written to {arguments.output}")
 
 
-@reports_user_errors
-def main(arguments: list[str]):
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("train", help="a training step beside the stock model's of the same shape")
@@ -137,8 +136,7 @@ def main(arguments: list[str]):
     add_common_options(command, [(1, 64)])
     shape = "hidden_size=512,num_hidden_layers=8,num_attention_heads=8,intermediate_size=2048,vocab_size=8192"
     command.set_defaults(run=decode, model_fields=shape, output=Path("runs/benchmark_decode.json"))
-    parsed = parser.parse_args(arguments)
-    parsed.run(parsed)
+    return parser.parse_args(arguments)
 
 
 def add_common_options(command: argparse.ArgumentParser, shapes: list[tuple[int, int]]):
@@ -149,6 +147,12 @@ def add_common_options(command: argparse.ArgumentParser, shapes: list[tuple[int,
     command.add_argument("--compile", action="store_true")
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--output", type=Path)
+
+
+@reports_user_errors
+def main(arguments: list[str]):
+    parsed = parse(arguments)
+    parsed.run(parsed)
 
 
 if __name__ == "__main__":

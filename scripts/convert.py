@@ -17,13 +17,7 @@ import shared_bert
 from shared_bert.command_line import RaisingParser, reports_user_errors
 from shared_bert.conversion.families import STOCK_CLASSES
 from shared_bert.folders import check_free, copy_tokenizer, load_model, whole_folder
-from shared_bert.training import (
-    ConversionArguments,
-    DataArguments,
-    PretrainingArguments,
-    convert,
-    convert_and_heal,
-)
+from shared_bert.training import ConversionArguments, DataArguments, PretrainingArguments, convert, convert_and_heal
 
 # Options of healing that say how calibration text is read, too.
 CALIBRATION_OPTIONS = {

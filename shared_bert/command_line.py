@@ -1,4 +1,4 @@
-"""How scripts read their arguments and report what their users can mend."""
+"""How scripts parse their arguments and report user errors."""
 
 import sys
 from collections.abc import Callable
@@ -18,10 +18,10 @@ class RaisingParser(HfArgumentParser):
 
 
 def reports_user_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
-    """Makes a script's `main(arguments)` return an exit status, and print wrong input as one line instead of raising.
+    """Wrap a script's `main(arguments)` to print user errors as one line and return an exit status.
 
-    Wrong input, a full disk, a package that is missing and a run that diverged are told to stderr, after the script's
-    name, with the status 2; all other errors keep their traceback. Under `python -X dev` all do.
+    Invalid input, a full disk, a missing package and a diverged run print to stderr, after the script's name, and
+    return 2; all other errors keep their traceback, and all errors do under `python -X dev`.
     """
     script = Path(main.__code__.co_filename).name
 

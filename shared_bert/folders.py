@@ -1,4 +1,4 @@
-"""Saved models: loaded with the class they name, and written into folders that appear whole or not at all."""
+"""Loading saved models with the class they name, and writing folders that appear whole or not at all."""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
-# What goes with a model unchanged: its tokenizer's files, and how sentence-transformers pools its hidden states.
+# Files that are copied with a model: its tokenizer, and the pooling config of sentence-transformers.
 TOKENIZER_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "chat_template*", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
@@ -19,9 +19,9 @@ TOKENIZER_FILES = (
 
 
 def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> PreTrainedModel:
-    """Loads a model of a folder or of the Hub with the class that its config's `architectures` names.
+    """Load a model of a folder or of the Hub with the class that its config's `architectures` names.
 
-    Nothing that the folder holds is run: neither its code nor pickled weights are loaded.
+    No code of the folder runs, and no pickled weights are loaded.
 
     Raises:
         ValueError: that class is none of `classes`, or weights are missing or damaged.
@@ -40,7 +40,7 @@ def _load(name_or_path: str, classes: dict[str, type[PreTrainedModel]]) -> tuple
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (ValueError, TypeError, AttributeError) as error:  # such as for a model_type that is a list
-        raise ValueError(f"{name_or_path} cannot be loaded, its config makes no model: {error}") from error
+        raise ValueError(f"{name_or_path} cannot be loaded, its config is invalid: {error}") from error
     named = config.architectures or ["model of no named class"]
     name = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     if name not in classes:
@@ -60,7 +60,7 @@ def _load(name_or_path: str, classes: dict[str, type[PreTrainedModel]]) -> tuple
 
 
 def copy_tokenizer(name_or_path: str, folder: Path):
-    """Copies the tokenizer's files of a model into `folder`, as they are; none where it has none."""
+    """Copy the tokenizer's files of a model into `folder`, unchanged, if it has any."""
     source = Path(name_or_path)
     if not source.is_dir():
         source = Path(snapshot_download(name_or_path, allow_patterns=list(TOKENIZER_FILES)))
@@ -71,7 +71,7 @@ def copy_tokenizer(name_or_path: str, folder: Path):
 
 
 def check_free(output: str | Path):
-    """Raises a ValueError where `output` is anything but missing or an empty folder."""
+    """Raise a ValueError unless `output` is missing or an empty folder."""
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder: name another")
@@ -79,7 +79,7 @@ def check_free(output: str | Path):
 
 @contextmanager
 def writing(folder: str | Path, unfinished: Path) -> Iterator[None]:
-    """Writes `unfinished`, which is to become `folder`, and leaves nothing of it behind.
+    """Remove `unfinished` after the block, which writes it and moves it to `folder`.
 
     Raises:
         OSError: naming the folder and the room on its disk, where something could not be written.
@@ -95,7 +95,7 @@ def writing(folder: str | Path, unfinished: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_folder(output: str | Path) -> Iterator[Path]:
-    """Gives a folder to write into, ``output.unfinished``, which takes the name `output` when all is written.
+    """Yield a folder to write into, ``output.unfinished``, which is renamed to `output` at the end.
 
     Raises:
         ValueError: `output` exists and is not an empty folder.
@@ -104,7 +104,7 @@ def whole_folder(output: str | Path) -> Iterator[Path]:
     check_free(output)
     output = Path(output).resolve()
     unfinished = output.with_name(f"{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
     unfinished.mkdir(parents=True)
     with writing(output, unfinished):
         yield unfinished

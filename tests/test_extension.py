@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import shared_bert
 from shared_bert.conversion import families
+from shared_bert.conversion.alignment import align_layers
 from shared_bert.conversion.dense import Affine, SchemeLayer
-from shared_bert.conversion.depth_fitting import align_layers
 from shared_bert.evaluation import cost_table
 from shared_bert.modeling.configuration_shared_attention import checked
 from shared_bert.modeling.ingredients import Ingredient

@@ -1,4 +1,4 @@
-"""The README says what is so: its code runs, its files exist, its counts are the models'."""
+"""The documents say what is so: their code runs, their files exist, their figures are the measured ones."""
 
 import json
 import re
@@ -16,11 +16,29 @@ from shared_bert.modeling.configuration_shared_attention import DEPTH_SHARING
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = {
+    name: (ROOT / name).read_text()
+    for name in (
+        "README.md",
+        "configs/README.md",
+        "scripts/README.md",
+        "model_cards/README.md",
+        "shared_bert/README.md",
+        "shared_bert/conversion/README.md",
+    )
+}
+README, MEASUREMENTS = DOCUMENTS["README.md"], DOCUMENTS["model_cards/README.md"]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return [block for text in DOCUMENTS.values() for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+def commands(script: str) -> list[list[str]]:
+    """The arguments of every command of the documents that runs `script`."""
+    lines = [line for block in blocks("bash") for line in block.splitlines() if f"scripts/{script}" in line]
+    assert lines
+    return [words[words.index(f"scripts/{script}") + 1 :] for words in map(shlex.split, lines)]
 
 
 @pytest.fixture(scope="module")
@@ -46,45 +64,39 @@ def test_code_runs_by_itself(code, quickstart_folder):
     assert run.returncode == 0, run.stderr
 
 
-def test_commands_name_files_that_exist():
-    words = [word for block in blocks("bash") for word in shlex.split(block)]
-    files = [word for word in words if re.match(r"(scripts|configs)/", word)]
-    assert "scripts/quickstart.sh" in files
-    assert all((ROOT / file).is_file() for file in files)
+def test_files_exist():
+    words = [word for block in blocks("bash") for word in shlex.split(block, comments=True)]
+    files = [ROOT / word for word in words if re.match(r"(scripts|configs)/", word)]
+    for name, text in DOCUMENTS.items():
+        links = re.findall(r"\]\((?!http)([^)#]+)\)|src=\"([^\"]+)\"", text)
+        files += [(ROOT / name).parent / (link or source) for link, source in links]
+    assert ROOT / "scripts" / "quickstart.sh" in files
+    assert [file for file in files if not file.is_file()] == []
 
 
-def test_options_of_commands_are_valid(monkeypatch):
+def test_every_document_is_linked_from_the_readme():
+    assert [name for name in DOCUMENTS if name != "README.md" and f"]({name})" not in README] == []
+
+
+def test_options_of_pretraining_are_valid(monkeypatch):
     from shared_bert.training import parse_recipe
 
     monkeypatch.chdir(ROOT)
-    commands = [line for block in blocks("bash") for line in block.splitlines() if "scripts/pretrain.py" in line]
-    assert commands
-    for command in commands:
-        arguments = shlex.split(command)
-        parse_recipe(
-            [*arguments[arguments.index("scripts/pretrain.py") + 1 :], "--use_cpu", "true", "--bf16", "false"]
-        )
+    for arguments in commands("pretrain.py"):
+        parse_recipe([*arguments, "--use_cpu", "true", "--bf16", "false"])
 
 
-def test_options_of_conversions_are_valid():
-    parse = runpy.run_path(str(ROOT / "scripts" / "convert.py"))["parse"]
-    commands = [line for block in blocks("bash") for line in block.splitlines() if "scripts/convert.py" in line]
-    assert {shlex.split(command)[2] for command in commands} == {"from-stock", "to-stock"}
-    for command in commands:
-        parse(shlex.split(command)[2:])
-
-
-def test_options_of_pushes_are_valid():
-    parse = runpy.run_path(str(ROOT / "scripts" / "push_to_hub.py"))["parse"]
-    commands = [line for block in blocks("bash") for line in block.splitlines() if "scripts/push_to_hub.py" in line]
-    assert len(commands) > 2
-    for command in commands:
-        parse(shlex.split(command)[2:])
+@pytest.mark.parametrize("script", ["convert.py", "push_to_hub.py", "benchmark.py", "convert_minilm.py"])
+def test_options_are_valid(script):
+    parse = runpy.run_path(str(ROOT / "scripts" / script))["parse"]
+    for arguments in commands(script):
+        parse(arguments)
 
 
 def test_the_counting_command_runs():
-    (command,) = (line for block in blocks("bash") for line in block.splitlines() if "count_parameters" in line)
-    run = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    (arguments,) = commands("count_parameters.py")
+    command = [sys.executable, "scripts/count_parameters.py", *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "attention" in run.stdout, run.stderr
 
 
@@ -95,7 +107,18 @@ def test_depth_sharings_are_listed():
 
 def test_every_recipe_is_listed():
     for recipe in (ROOT / "configs" / "pretrain").glob("*.yaml"):
-        assert f"`{recipe.name}`" in README
+        assert f"`{recipe.name}`" in DOCUMENTS["configs/README.md"]
+
+
+def test_every_command_is_listed():
+    for script in (ROOT / "scripts").glob("*.py"):
+        assert f"scripts/{script.name}" in DOCUMENTS["scripts/README.md"]
+
+
+def test_every_model_is_listed():
+    for name in shared_bert.__all__:
+        if re.fullmatch(r"Shared(Bert|Gpt)(Model|For\w+)", name):
+            assert f"`{name}`" in DOCUMENTS["shared_bert/README.md"]
 
 
 def test_counts_of_the_scheme_table():
@@ -112,29 +135,38 @@ def test_roles_of_the_scheme_table():
         assert f"| `{name}` | {scheme.query} | {scheme.key} | {scheme.value} |" in README
 
 
-def test_figures_are_the_kept_results():
-    kept = json.loads((ROOT / "model_cards" / "benchmark_train_cpu.json").read_text())["results"]
-    assert len(kept) == 4
-    for row in kept:
+def kept(name: str) -> dict:
+    return json.loads((ROOT / "model_cards" / name).read_text())
+
+
+def test_training_steps_are_the_kept_results():
+    rows = kept("benchmark_train_cpu.json")["results"]
+    assert len(rows) == 4
+    for row in rows:
         settings, seconds = row["settings"]["shared"], row["seconds_per_step"]
         assert (
             f"| `{settings['attention_scheme']}` | {settings['batch_size']} × {settings['sequence_length']} "
             f"| {seconds['stock']:.2f} s | {seconds['shared']:.2f} s | {row['speedup']:.2f}× "
             f"| {row['memory_ratio']:.2f}× |"
-        ) in README
+        ) in MEASUREMENTS
+        assert f"{row['speedup']:.2f}×" in README
+        assert f"{row['memory_ratio']:.2f}×" in README
+
+
+def test_quickstart_losses_are_the_kept_results():
     for model in ("bert", "gpt"):
-        curve = json.loads((ROOT / "model_cards" / "quickstart" / f"shared_{model}_loss_curve.json").read_text())
-        assert f"| {curve['evaluation'][-1]['loss']:.2f} | {curve['unigram_entropy']:.2f} |" in README
+        curve = kept(f"quickstart/shared_{model}_loss_curve.json")
+        assert f"| {curve['evaluation'][-1]['loss']:.2f} | {curve['unigram_entropy']:.2f} |" in MEASUREMENTS
 
 
 def test_conversions_are_the_kept_results():
-    kept = json.loads((ROOT / "model_cards" / "minilm_conversion.json").read_text())
+    result = kept("minilm_conversion.json")
     card = (ROOT / "model_cards" / "minilm_conversion.md").read_text()
-    assert f"{kept['original']:.4f}" in README
-    rows = re.findall(r"^\| `([\w,= ]+)` \| ([\d.]+) % \| ([\d. |–]+) \|$", README, flags=re.MULTILINE)
-    assert len(rows) > 10
+    assert f"{result['original']:.4f}" in MEASUREMENTS
+    rows = re.findall(r"^\| `([\w,+= ]+)` \| ([\d.]+) % \| ([\d. |–]+) \|$", MEASUREMENTS, flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == list(result["rows"])
     for name, saved, figures in rows:
-        row = kept["rows"][name]
+        row = result["rows"][name]
         report = row["report"]
         assert float(saved) == round(100 * (1 - report["parameters_after"] / report["parameters_before"]), 1)
         columns = ("unaligned", "weights_only", "calibrated", "healed")
@@ -143,15 +175,32 @@ def test_conversions_are_the_kept_results():
         assert f"| `{name}` |" in card
 
 
+def test_conversions_of_the_readme_are_measured():
+    table = dict(re.findall(r"^\| `([\w,+= ]+)` \| ([\d.]+ % \| [\d. |–]+) \|$", MEASUREMENTS, flags=re.MULTILINE))
+    names = {"MASA, S = 3,": "masa, S = 3", "low rank": "low_rank, r = 96"}
+    rows = re.findall(
+        r"^\| MiniLM converted to (`\w+`|MASA, S = 3,|low rank) .*?([\d.]+ %).*\| ([\d.]+) \|$", README, re.M
+    )
+    assert len(rows) == 4
+    for name, saved, spearman in rows:
+        figures = table[names.get(name, name.strip("`"))]
+        assert figures.startswith(saved)
+        assert spearman in figures
+
+
 def test_overhead_is_the_kept_result():
-    kept = json.loads((ROOT / "model_cards" / "benchmark_depth_cpu.json").read_text())["results"]
-    for row in kept:
-        assert f"{row['overhead']:+.1%}".replace("%", " %").replace("-", "−") in README
+    for row in kept("benchmark_depth_cpu.json")["results"]:
+        overhead = f"{row['overhead']:+.1%}".replace("%", " %").replace("-", "−")
+        assert overhead in MEASUREMENTS
+        assert overhead in README
 
 
 def test_decoding_is_the_kept_result():
-    (row,) = json.loads((ROOT / "model_cards" / "benchmark_decode_cpu.json").read_text())["results"]
+    (row,) = kept("benchmark_decode_cpu.json")["results"]
     low, _, high = row["speedup_quartiles"]
-    assert f"{row['speedup']:.2f}× its\nspeed (quartiles of nine alternating rounds {low:.2f} to {high:.2f}" in README
+    speedup = f"{row['speedup']:.2f}×"
+    expected = f"{speedup} its speed (quartiles of nine alternating rounds {low:.2f} to {high:.2f})"
+    assert expected in " ".join(MEASUREMENTS.split())
+    assert f"{speedup} the speed" in README
     for seconds in row["seconds_per_token"].values():
-        assert f"{1000 * seconds:.1f} ms" in README
+        assert f"{1000 * seconds:.1f} ms" in MEASUREMENTS

@@ -1,4 +1,4 @@
-"""What calibration text says of a model: what its matrices are given, and how much each layer changes."""
+"""Statistics of a model on calibration text: the inputs of its matrices, and how much each layer changes them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class Calibration:
     """Measured on text, per layer.
 
     Attributes:
-        inputs: the mean of x·xᵀ over what the projection is given, [hidden, hidden] in float64.
-        contexts: the same of what the output matrix is given.
-        drift: how far the layer moves its output from that of the layer before: the KL divergence in nats between
-            what the vocabulary head reads before and after, or, in a model without one, one minus their cosine.
+        inputs: the mean of x·xᵀ over the inputs of the projection, [hidden, hidden] in float64.
+        contexts: the same over the inputs of the output matrix.
+        drift: how far the layer moves the hidden states: the KL divergence in nats between the vocabulary head's
+            predictions before and after it or, in a model without such a head, one minus the states' cosine.
     """
 
     inputs: list[torch.Tensor]
@@ -31,14 +31,14 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> Calibration:
-    """Runs a `Shared…` model over batches of its inputs.
+    """Run a `Shared…` model over batches of its inputs.
 
     Args:
         batches: `input_ids` [batch, seq], with `attention_mask` or `document_ids` (-1 at padding) where rows have
             padding, which is left out.
 
     Raises:
-        ValueError: batches that are no inputs, or fewer tokens than the model has channels.
+        ValueError: batches without `input_ids`, or fewer tokens than `hidden_size`.
     """
     layers = attention_layers(model)
     size = model.config.hidden_size
@@ -61,7 +61,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tenso
         for name, totals in sums.items()
         for i, layer in enumerate(layers)
     ]
-    # Heads that read whole texts want inputs of their own; only one over the vocabulary is needed here.
+    # Heads of other tasks may need inputs of their own; only a vocabulary head is needed here.
     family = family_of(model.config)
     reader = model if family.is_language_model(model) else model.base_model
     was_training = model.training
@@ -98,7 +98,7 @@ def _is_text(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _drift(model: PreTrainedModel, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Sums the drift over [tokens, hidden] states of neighbouring layers."""
+    """Sum the drift over [tokens, hidden] states of neighbouring layers."""
     family = family_of(model.config)
     if not family.is_language_model(model):
         return (1 - torch.cosine_similarity(before, after, dim=-1)).sum()

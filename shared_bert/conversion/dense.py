@@ -1,4 +1,4 @@
-"""Attention multiplied out: what a layer of any scheme and any depth sharing does, as stock matrices."""
+"""Attention multiplied out: a layer of any scheme and any depth sharing as stock matrices."""
 
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ class SchemeLayer:
 
     matrices: dict[str, Affine]
     ingredient: dict[str, torch.Tensor] = field(default_factory=dict)
-    head_order: torch.Tensor | None = None  # which head of the stock layer stands where; None as they stood
+    head_order: torch.Tensor | None = None  # the stock layer's head at each place; None keeps the order
 
 
 @dataclass
@@ -38,12 +38,12 @@ class DenseAttention:
 
 
 def attention_layers(model: PreTrainedModel) -> list[SelfAttention]:
-    """Lists the attention of a `Shared…` model, first layer first."""
+    """List the attention of a `Shared…` model, first layer first."""
     return [module for module in model.modules() if isinstance(module, SelfAttention)]
 
 
 def depth_sharing_of(model: PreTrainedModel) -> DepthSharing | None:
-    """Finds what the layers of a `Shared…` model share."""
+    """Return what the layers of a `Shared…` model share, or None."""
     return next((module for module in model.modules() if isinstance(module, DepthSharing)), None)
 
 

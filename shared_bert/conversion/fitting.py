@@ -67,19 +67,19 @@ class Heads:
         return cls(*weights, layer.output.weight.T.unflatten(0, (-1, head_dim)), *biases, layer.output.bias)
 
     def reordered(self, order: torch.Tensor) -> "Heads":
-        """Puts the heads in another order."""
+        """Put the heads in another order."""
         parts = (getattr(self, field.name) for field in fields(self) if field.name != "output_bias")
         return Heads(*(part[order] for part in parts), self.output_bias)
 
 
 def joined(heads: torch.Tensor, bias: torch.Tensor | None = None) -> Affine:
-    """Puts [heads, hidden, head_dim] side by side, as a weight [out, in] with its bias (or zeros)."""
+    """Put [heads, hidden, head_dim] side by side, as a weight [out, in] with its bias (or zeros)."""
     weight = heads.transpose(1, 2).flatten(0, 1)
     return Affine(weight, torch.zeros_like(weight[:, 0]) if bias is None else bias.flatten())
 
 
 def _output(heads: Heads, output: torch.Tensor, value_bias: torch.Tensor | None = None) -> Affine:
-    """Makes the output's map, with the bias that gives the old result for constant values.
+    """Return the output's map, with the bias that gives the old result for constant values.
 
     The weights of attention sum to one, so a value's bias passes through it as it is.
     """
@@ -90,7 +90,7 @@ def _output(heads: Heads, output: torch.Tensor, value_bias: torch.Tensor | None 
 
 
 def nearest_rotation(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Finds the orthogonal R [..., n, n] that brings matrix·R closest to target, both [..., m, n] (Procrustes)."""
+    """Return the orthogonal R [..., n, n] that brings matrix·R closest to target, both [..., m, n] (Procrustes)."""
     left, _, right = torch.linalg.svd(matrix.transpose(-1, -2) @ target)
     return left @ right
 
@@ -104,14 +104,14 @@ class Metric:
 
     @classmethod
     def of(cls, autocorrelation: torch.Tensor) -> "Metric":
-        """Takes the roots of [n, n]; directions that the inputs hardly have are counted with a share of the mean."""
+        """Take the roots of [n, n]; directions that the inputs hardly have are counted with a share of the mean."""
         eigenvalues, vectors = torch.linalg.eigh(autocorrelation)
         eigenvalues = eigenvalues.clamp(min=0) + _SHRINKAGE * eigenvalues.mean().clamp(min=1e-12)
         root = eigenvalues.sqrt()
         return cls(vectors * root @ vectors.T, vectors / root @ vectors.T)
 
     def reduce(self, *matrices: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Expresses [..., n, k] matrices in one orthonormal basis of what they span in this metric.
+        """Express [..., n, k] matrices in one orthonormal basis of what they span in this metric.
 
         Returns:
             The matrix [..., n, r] that takes coordinates back, and each matrix's coordinates [..., r, k].
@@ -139,7 +139,7 @@ def _norm(matrix: torch.Tensor) -> torch.Tensor:
 def _best_subspace(
     logits: torch.Tensor, number: int, result: torch.Tensor | float = 0.0, positive: bool = False
 ) -> torch.Tensor:
-    """Looks for the P [..., r, number] with the largest ‖M‖² + tr(Pᵀ·result·P), where M = Pᵀ·A·P.
+    """Return the P [..., r, number] with the largest ‖M‖² + tr(Pᵀ·result·P), where M = Pᵀ·A·P.
 
     Whole eigenvectors are exchanged first, which goes far but need not settle; small steps along the gradient follow.
 
@@ -166,7 +166,7 @@ def _best_subspace(
 def _serve_groups(
     metric: Metric, groups: int, *products: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Finds the matrix that serves all heads of a group best in the place of a factor of their products.
+    """Return the matrix that best replaces one factor of the products of all heads in a group.
 
     Args:
         products: pairs of the factor to replace [heads, hidden, head_dim] and the other one [heads, n, head_dim]
@@ -191,7 +191,7 @@ def _serve_groups(
 def fit_scheme(
     layer: DenseAttention, config: SharedAttentionConfig, autocorrelation: torch.Tensor | None = None
 ) -> SchemeLayer:
-    """Fits the scheme of `config` to a stock layer; see the table above.
+    """Fit the scheme of `config` to a stock layer; see the table above.
 
     Args:
         layer: with as many key as query heads.
@@ -289,7 +289,7 @@ def _slices(metric: Metric, number: int) -> torch.Tensor:
 
 
 def _slice_regression(metric: Metric, matrix: torch.Tensor) -> torch.Tensor:
-    """Predicts x·matrix of each head from its slice of x: [heads, head_dim, head_dim]."""
+    """Predict x·matrix of each head from its slice of x: [heads, head_dim, head_dim]."""
     return torch.linalg.lstsq(_slices(metric, len(matrix)), metric.root @ matrix).solution
 
 
@@ -337,7 +337,7 @@ FITS = {
 
 
 def _query_bias(heads: Heads, metric: Metric, new_key: torch.Tensor) -> torch.Tensor:
-    """Finds the query bias [heads, head_dim] that adds to the logits of each key what the old one did."""
+    """Return the query bias [heads, head_dim] that adds to the logits of each key what the old one did."""
     target = heads.key @ heads.query_bias[..., None]
     return torch.linalg.lstsq(metric.root @ new_key, metric.root @ target, driver="gelsd").solution.squeeze(-1)
 

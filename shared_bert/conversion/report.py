@@ -1,4 +1,4 @@
-"""What a conversion lost: how far each layer's matrices are from those they stand for."""
+"""What a conversion lost: the error of each layer's matrices."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ COLUMNS = ("query", "key", "value", "output", "logits", "result")
 
 @dataclass
 class ConversionReport:
-    """What `from_stock` did to a model; `str()` gives it as a table.
+    """The result of `from_stock`; `str()` formats it as a table.
 
     Attributes:
         attention_scheme, depth_sharing: of the converted model.
@@ -41,7 +41,7 @@ class ConversionReport:
     dictionary_groups: list[tuple[int, int, int]] | None = None
 
     def all_errors(self) -> dict[str, float]:
-        """Gives the root mean square of the errors over the layers."""
+        """Return the root mean square of the errors over the layers."""
         return {c: math.sqrt(sum(row[c] ** 2 for row in self.errors) / len(self.errors)) for c in COLUMNS}
 
     def to_dict(self) -> dict:
@@ -49,20 +49,18 @@ class ConversionReport:
 
     def __str__(self) -> str:
         rows = [(str(i), row) for i, row in enumerate(self.errors)] + [("all", self.all_errors())]
-        return "\n".join(
-            [
-                f"{self.attention_scheme}, depth sharing {self.depth_sharing}: relative errors on {self.measured_on}",
-                f"{'layer':>5}" + "".join(f"{column:>9}" for column in COLUMNS),
-                *(f"{name:>5}" + "".join(f"{row[column]:9.4f}" for column in COLUMNS) for name, row in rows),
-                *(
-                    [f"layers and atoms of the dictionary's groups: {self.dictionary_groups}"]
-                    * bool(self.dictionary_groups)
-                ),
-                *([f"ranks of each layer's matrices: {self.layer_ranks}"] * bool(self.layer_ranks)),
-                _saved("attention", self.parameters_before, self.parameters_after),
-                _saved("model", self.total_before, self.total_after),
-            ]
-        )
+        lines = [
+            f"{self.attention_scheme}, depth sharing {self.depth_sharing}: relative errors on {self.measured_on}",
+            f"{'layer':>5}" + "".join(f"{column:>9}" for column in COLUMNS),
+        ]
+        lines += [f"{name:>5}" + "".join(f"{row[column]:9.4f}" for column in COLUMNS) for name, row in rows]
+        if self.dictionary_groups:
+            lines.append(f"layers and atoms of the dictionary's groups: {self.dictionary_groups}")
+        if self.layer_ranks:
+            lines.append(f"ranks of each layer's matrices: {self.layer_ranks}")
+        lines.append(_saved("attention", self.parameters_before, self.parameters_after))
+        lines.append(_saved("model", self.total_before, self.total_after))
+        return "\n".join(lines)
 
 
 def _saved(name: str, before: int, after: int) -> str:
@@ -71,7 +69,7 @@ def _saved(name: str, before: int, after: int) -> str:
 
 
 def attention_parameters(model: PreTrainedModel) -> int:
-    """Counts the parameters of a `Shared…` model's attention, and of what its layers share; biases included."""
+    """Count the parameters of a `Shared…` model's attention, and of what its layers share; biases included."""
     modules = [*attention_layers(model), depth_sharing_of(model)]
     return sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
 
@@ -83,7 +81,7 @@ def layer_errors(
     head_order: torch.Tensor | None = None,
     root: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Compares two layers; see `ConversionReport`.
+    """Compare two layers; see `ConversionReport`.
 
     Args:
         head_order: which head of `before` each head of `after` stands for.
@@ -111,7 +109,7 @@ def _pair(heads: Heads, product: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gives the factors [heads, hidden, head_dim] of left·rightᵀ that have the same singular values."""
+    """Return the factors [heads, hidden, head_dim] of left·rightᵀ that have the same singular values."""
     (left_basis, left), (right_basis, right) = torch.linalg.qr(left), torch.linalg.qr(right)
     u, values, v = torch.linalg.svd(left @ right.mT)
     root = values.sqrt()[:, None]

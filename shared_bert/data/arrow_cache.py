@@ -1,4 +1,4 @@
-"""Data sets that are made once and then read from the cache of `datasets`."""
+"""Data sets that are written once and then read from the cache of `datasets`."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ from datasets.arrow_writer import ArrowWriter
 
 
 def cached_dataset(name: str, features: Features, tables: Callable[[], Iterable[pa.Table]]) -> Dataset:
-    """The data set cached under `name`; if there is none, it is first written from `tables()`.
+    """Return the data set cached under `name`; if there is none, write it first from `tables()`.
 
     `name` must change with everything that the rows depend on: put a hash into it.
     """

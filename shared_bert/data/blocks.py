@@ -31,7 +31,7 @@ class Blocks(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        """A whole batch at once, which torch's DataLoader asks for where it can."""
+        """Return a whole batch, as torch's DataLoader prefers."""
         rows = self.dataset[indices]
         return [
             {"input_ids": input_ids, "document_ids": document_ids, "index": index, "epoch": self.epoch}

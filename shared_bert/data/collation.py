@@ -1,4 +1,4 @@
-"""Blocks to batches: what is hidden from the model, and what it must predict."""
+"""Blocks to batches: the tokens that are masked, and the labels."""
 
 import math
 
@@ -15,7 +15,7 @@ MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the predicted tokens; the rest stay as
 
 
 class MaskedLanguageModelingCollator:
-    """Batches of blocks in which tokens are masked as BERT masks them.
+    """Collate blocks, and mask tokens as BERT does.
 
     In each row, `mlm_probability * n` of its n ordinary tokens (neither special nor padding) are to be predicted,
     rounded up or down at random so that the mean over the rows is `mlm_probability`: 80 % of them show [MASK], 10 % a
@@ -26,9 +26,9 @@ class MaskedLanguageModelingCollator:
         tokenizer: the tokenizer that made the blocks.
         mlm_probability: share of the ordinary tokens to predict, in (0, 1].
         whole_word: choose words, not tokens, in random order; one that would exceed the row's number of
-            predictions is passed over, so that a row may have fewer.
+            predictions is skipped, so a row may have fewer.
         seed: of the masks, a non-negative integer.
-        separate_documents: hand `document_ids` on to the model.
+        separate_documents: pass `document_ids` to the model.
 
     Called with rows of `Blocks`, it returns `input_ids` and `labels`, int64 [batch, seq] (-100 where nothing
     is predicted), `num_predictions`, the int that bounds the predictions of any batch of this shape, and
@@ -95,7 +95,7 @@ class MaskedLanguageModelingCollator:
         return {**batch, "num_predictions": num_rows * math.ceil(self.mlm_probability * length)}
 
     def _continued(self, input_ids, document_ids, maskable) -> np.ndarray:
-        """Where a token goes on the word of the token before it, bool [batch, seq]."""
+        """Return where a token continues the word of the token before it, bool [batch, seq]."""
         continued = self.is_continuation[input_ids] & maskable
         continued[:, 0] = False
         continued[:, 1:] &= maskable[:, :-1] & (document_ids[:, 1:] == document_ids[:, :-1])
@@ -103,7 +103,7 @@ class MaskedLanguageModelingCollator:
 
 
 class CausalLanguageModelingCollator:
-    """Batches of blocks in which every token is predicted from those before it in its document.
+    """Collate blocks in which every token is predicted from those before it in its document.
 
     Called with rows of `Blocks`, it returns `input_ids` and `labels`, int64 [batch, seq]; the model shifts the
     labels by one. They are -100 on padding and, where documents are separate, on the first token of every
@@ -122,7 +122,7 @@ class CausalLanguageModelingCollator:
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Batches of blocks as they are: `input_ids` and `document_ids` (-1 at padding), int64 [batch, seq] both."""
+    """Return blocks as a batch: `input_ids` and `document_ids` (-1 at padding), int64 [batch, seq] both."""
     input_ids, document_ids = map(torch.from_numpy, _stacked(rows))
     return {"input_ids": input_ids, "document_ids": document_ids}
 
@@ -139,7 +139,7 @@ def _batch(input_ids, labels, document_ids, separate_documents: bool) -> dict[st
 
 
 def _choose_words(maskable, continued, priority, budget: int) -> np.ndarray:
-    """Whole words of one row in the order of their first tokens' priority, `budget` tokens at most."""
+    """Choose whole words of one row in the order of their first tokens' priority, `budget` tokens at most."""
     starts = np.flatnonzero(maskable & ~continued)
     words = np.cumsum(maskable & ~continued) - 1  # the word that each maskable position belongs to
     lengths = np.bincount(words[maskable], minlength=len(starts))

@@ -105,7 +105,7 @@ def pack(
 
 
 def _wrappings(tokenizer: PreTrainedTokenizerBase, separate_documents: bool) -> tuple[Wrapping, Wrapping]:
-    """What stands around a whole document, and what around each segment that packing makes of it."""
+    """Return the tokens around a whole document, and those around each segment that packing cuts it into."""
     if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
         around = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
         return (([], []), around) if separate_documents else (around, ([], []))

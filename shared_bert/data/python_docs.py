@@ -43,7 +43,7 @@ MIN_ASCII_SHARE = 0.9
 
 
 def load_python_docs(num_proc: int | None = None) -> Dataset:
-    """Docstrings of the standard library and of the well-known libraries that are installed.
+    """Load the docstrings of the standard library and of the well-known libraries that are installed.
 
     Args:
         num_proc: processes that parse; by default one per CPU core. They matter only the first time: the

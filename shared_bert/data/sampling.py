@@ -15,7 +15,7 @@ ROWS_PER_BATCH = 8
 def calibration_batches(
     documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, num_tokens: int, block_size: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Packs the first documents into batches of a model's inputs; no more of them is read than is needed.
+    """Pack the first documents into batches of a model's inputs; only as many as needed are read.
 
     Args:
         documents: rows with a `text`.

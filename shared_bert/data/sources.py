@@ -36,7 +36,7 @@ def load_documents(
     max_eval_samples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Documents]:
-    """The documents of a source: one row each, in the column `text`, under the keys "train" and "validation".
+    """Load the documents of a source: one row each, in the column `text`, by split ("train", "validation").
 
     Args:
         dataset_name: a data set's name on the Hub, a local folder that `datasets.load_dataset` reads, or
@@ -175,7 +175,7 @@ def _only_text(dataset: Documents, text_column: str, origin: str) -> Documents:
 
 
 def _hash(text: str | None, seed: int) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Return a number in [0, 1) that depends on the text alone."""
     digest = blake2b((text or "").encode("utf-8", "replace"), digest_size=6, salt=seed.to_bytes(8, "big"))
     return int.from_bytes(digest.digest(), "big") / 2**48
 
@@ -190,10 +190,7 @@ def _split(dataset: Dataset, share: float, seed: int) -> dict[str, Dataset]:
     held_out = hashes < share
     if held_out.all() or not held_out.any():
         held_out = np.arange(len(hashes)) == hashes.argmin()
-    return {
-        "train": dataset.select(np.flatnonzero(~held_out)),
-        "validation": dataset.select(np.flatnonzero(held_out)),
-    }
+    return {"train": dataset.select(np.flatnonzero(~held_out)), "validation": dataset.select(np.flatnonzero(held_out))}
 
 
 def _split_stream(dataset: IterableDataset, share: float, seed: int) -> dict[str, IterableDataset]:

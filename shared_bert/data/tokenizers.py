@@ -14,10 +14,7 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrained
 
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 END_OF_TEXT = "<|endoftext|>"
-NEEDED_TOKENS = {
-    "mlm": ["pad_token", "cls_token", "sep_token", "mask_token"],
-    "clm": ["pad_token", "eos_token"],
-}
+NEEDED_TOKENS = {"mlm": ["pad_token", "cls_token", "sep_token", "mask_token"], "clm": ["pad_token", "eos_token"]}
 MAX_ALPHABET = 1000  # characters of a WordPiece vocabulary; the rarer ones become [UNK], as in BERT
 TEXTS_PER_BATCH = 1000
 ENDLESS_WORD = re.compile(r"\S{1000}")
@@ -25,11 +22,7 @@ NO_TEXT = "the corpus holds no text to train a tokenizer on"
 
 
 def train_tokenizer(
-    kind: str,
-    documents: Dataset | IterableDataset,
-    vocab_size: int,
-    model_max_length: int,
-    lowercase: bool = True,
+    kind: str, documents: Dataset | IterableDataset, vocab_size: int, model_max_length: int, lowercase: bool = True
 ) -> PreTrainedTokenizerBase:
     """Train a tokenizer. The same documents give the same vocabulary, on every run.
 
@@ -53,7 +46,7 @@ def train_tokenizer(
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or of the Hub; one without a pad token pads with its end token.
+    """Load the tokenizer of a local folder or of the Hub; one without a pad token pads with its end token.
 
     Raises:
         ValueError: if no tokenizer, or only one without a vocabulary, is found at `name_or_path`.
@@ -82,7 +75,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
 
 
 def text_batches(documents: Dataset | IterableDataset) -> Iterator[list[str]]:
-    """The documents' texts to train on, in lists of at most 1000: strings that a tokenizer accepts.
+    """Yield the documents' texts in lists of at most 1000, without characters that a tokenizer rejects.
 
     Training takes the square of a word's length, so what goes on for 1000 characters is broken into several.
     """

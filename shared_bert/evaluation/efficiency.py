@@ -114,7 +114,7 @@ def _batch(settings: StepSettings, vocab_size: int) -> dict:
 
 
 def peak_memory(settings: StepSettings) -> int:
-    """Bytes that building the model and two steps take at their peak, in a process of its own (CPU: Linux only)."""
+    """Return the peak bytes of building the model and two steps, in a process of its own (CPU: Linux only)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory_here, (settings,))
 
@@ -135,13 +135,13 @@ def _resident_peak() -> int:
 
 
 def compare_training_steps(compared: dict[str, StepSettings], rounds: int = 9, warmup: int = 2) -> dict:
-    """Times two models in turns, on batches of the same shape.
+    """Time two models in turns, on batches of the same shape.
 
     Args:
         compared: the settings of both, under names of your choice; the first is what the second is measured against.
 
     Returns:
-        By these names the settings, median seconds per step, tokens per second and peak memory in bytes; besides
+        By these names the settings, median seconds per step, tokens per second and peak memory in bytes; in addition
         `speedup`, the ratio of the median seconds (above 1 where the second model is faster), the quartiles of the
         ratios round by round, and `memory_ratio`, second to first.
     """
@@ -162,11 +162,11 @@ def compare_training_steps(compared: dict[str, StepSettings], rounds: int = 9, w
 
 
 def compare_decoding(compared: dict[str, StepSettings], new_tokens: int, rounds: int = 9, warmup: int = 1) -> dict:
-    """Times the decoding of two models in turns; arguments as of `compare_training_steps` and `Decoding`.
+    """Time the decoding of two models in turns; arguments as of `compare_training_steps` and `Decoding`.
 
     Returns:
-        By their names the settings and median seconds per new token (the prompt's share included); besides `speedup`
-        and the quartiles of the ratios round by round.
+        By their names the settings and median seconds per new token (the prompt's share included), `speedup`, and the
+        quartiles of the ratios round by round.
     """
     times = _take_turns({name: Decoding(settings, new_tokens) for name, settings in compared.items()}, rounds, warmup)
     return {
@@ -200,7 +200,7 @@ def _speedup(times: dict[str, list[float]]) -> dict:
 
 
 def environment(device: str) -> dict:
-    """Names the hardware and the versions a measurement was made with."""
+    """Return the hardware and the versions of a measurement."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     return {
         "hardware": hardware,

@@ -1,4 +1,4 @@
-"""How many parameters a config has and where, and what they save beside standard attention."""
+"""The parameters of a config by group, next to those of standard attention."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,17 @@ from ..training.throughput import training_flops_per_token
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | str | None = None) -> PreTrainedConfig:
-    """Reads the config of a YAML or JSON file with a `model_type`, or of a saved model's folder.
+    """Read the config of a YAML or JSON file with a `model_type`, or of a saved model's folder.
 
     Args:
         overrides: fields that replace others: a mapping, or "a=1,b=x".
 
     Raises:
-        ValueError: a file that is missing or no config, an unknown field, or a value without meaning.
+        ValueError: a missing file, one that is not a config, an unknown field, or an invalid value.
     """
     path = Path(path)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} is no saved model: it has no config.json")
+        raise ValueError(f"{path} is not a saved model: it has no config.json")
     source = {"model_name_or_path" if path.is_dir() else "config_name": str(path)}
     try:
         return AutoConfig.for_model(**config_fields(ConfigArguments(config_overrides=overrides, **source)))
@@ -40,8 +40,8 @@ class Cost:
     """What a model with its language-model head costs.
 
     Args:
-        parameters: their number by group; every one is in one group, and tied ones count once. "attention" has the
-            matrices that layers share too, "other" the norms and the head.
+        parameters: their number by group; tied ones count once. "attention" includes the matrices that layers share,
+            "other" the norms and the head.
         forward_flops: floating-point operations per token, with the head at every position.
     """
 
@@ -54,9 +54,9 @@ class Cost:
 
 
 def model_cost(config: PreTrainedConfig, sequence_length: int) -> Cost:
-    """Counts the cost of a config, of which no weight is made.
+    """Return the cost of a config; no weights are allocated.
 
-    The network that makes coefficients in training counts as the coefficients that replace it.
+    A coefficient network counts as the coefficients that replace it after training.
     """
     with torch.device("meta"):
         model = make_model(type(config).from_dict({**config.to_dict(), "coefficient_source": "direct"}))
@@ -83,7 +83,7 @@ def _parameters_by_group(model: PreTrainedModel) -> dict[str, int]:
 
 
 def cost_table(config: PreTrainedConfig, sequence_length: int | None = None) -> str:
-    """Sets the cost of a config beside standard attention's, group by group, with the share saved.
+    """Format the cost of a config next to standard attention's, by group, with the share saved.
 
     Args:
         sequence_length: tokens per row, on which the FLOPs depend; None takes `max_position_embeddings`.

@@ -1,4 +1,4 @@
-"""How well a model's sentence embeddings say which sentences mean the same: STS-B's measure."""
+"""Spearman correlation of a model's sentence embeddings with human similarity scores, as in STS-B."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,12 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 def sentence_embeddings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], batch_size: int = 64
 ) -> torch.Tensor:
-    """Averages a model's last hidden states over the tokens of each sentence, to length one: [sentences, hidden].
+    """Return sentence embeddings [sentences, hidden]: the mean of a model's last hidden states, scaled to length one.
 
     Args:
         model: a base model (`SharedBertModel`, `BertModel` …), stock or of this package.
     """
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # rows of like length pad little
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # similar lengths need little padding
     embeddings = torch.empty(len(sentences), model.config.hidden_size)
     was_training = model.training
     model.eval()
@@ -35,7 +35,7 @@ def similarity_spearman(
     pairs: Iterable[tuple[str, str]],
     scores: Sequence[float],
 ) -> float:
-    """Correlates (Spearman's rank correlation) the cosine of the pairs' embeddings with their scores."""
+    """Return Spearman's rank correlation of the cosines of the pairs' embeddings with their scores."""
     try:
         from scipy.stats import spearmanr
     except ModuleNotFoundError as error:

@@ -51,7 +51,7 @@ def model_card(
     has_tokenizer: bool = True,
     tags: list[str] | None = None,
 ) -> ModelCard:
-    """Writes the card of a model of this package.
+    """Return the card of a model of this package.
 
     Args:
         model_class: one of `STOCK_CLASSES`, or a class built on one, which the card then describes.
@@ -151,7 +151,7 @@ def _savings(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> li
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds one mapping.
+    """Read a JSON file that holds one mapping.
 
     Raises:
         ValueError: naming the file, where it holds anything else or was cut off.

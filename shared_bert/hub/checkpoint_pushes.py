@@ -22,7 +22,7 @@ class CheckpointPushes:
     """
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        """Pushes a checkpoint in the background. What goes wrong is a warning; training goes on.
+        """Push a checkpoint in the background. An error becomes a warning, and training continues.
 
         `hub_strategy="all_checkpoints"` gives each a branch of its own besides: step-500, step-1000 … "checkpoint"
         pushes with it, in `last-checkpoint/`, what training needs to go on from it, which are pickles.
@@ -59,7 +59,7 @@ class CheckpointPushes:
         private: bool | None = None,
         **kwargs,
     ):
-        """Saves the model and pushes it with its code, tokenizer, metrics and card, in one commit.
+        """Save the model and pushes it with its code, tokenizer, metrics and card, in one commit.
 
         Raises:
             PushError: the push failed. The model is saved.
@@ -79,7 +79,7 @@ class CheckpointPushes:
         return _push(*push) if blocking else hf_api().run_as_future(_push, *push)
 
     def create_model_card(self, *args, **kwargs):
-        """Writes the model card of this package, by what the output folder holds."""
+        """Write the model card of this package from the files of the output folder."""
         if self.is_world_process_zero():
             name = self.hub_model_id or Path(self.args.output_dir).absolute().name
             write_card(self.args.output_dir, self.args.output_dir, name, self.args.hub_revision)

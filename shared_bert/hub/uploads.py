@@ -49,7 +49,7 @@ def push_to_hub(
     source: str | Path | None = None,
     as_stock: bool = False,
 ) -> CommitInfo:
-    """Pushes a model with its code, tokenizer and card. It is `push_to_hub` of every model of this package.
+    """Push a model with its code, tokenizer and card: the `push_to_hub` of every model of this package.
 
     Arguments not named here are those of `PreTrainedModel.push_to_hub`. `revision` is a branch, which is made if there
     is none of that name.
@@ -104,7 +104,7 @@ def _preparing(repo_id: str) -> Iterator[None]:
 
 
 def full_name(repo_id: str, token: bool | str | None = None) -> str:
-    """Puts the user's name before a repository's, if nobody's stands there.
+    """Prefix a repository's name with the user's, unless it has a namespace.
 
     Raises:
         ValueError: a name that is not valid.
@@ -125,7 +125,7 @@ def full_name(repo_id: str, token: bool | str | None = None) -> str:
 def stage_checkpoint(
     checkpoint: str | Path, folder: str | Path, repo_id: str, revision: str | None = None, to_resume: bool = False
 ):
-    """Copies into `folder` what a push of a checkpoint takes, as it was saved, and writes the card.
+    """Copy into `folder` what a push of a checkpoint takes, as it was saved, and writes the card.
 
     Args:
         to_resume: take the state of the optimizer and the like too, as `last-checkpoint/`.
@@ -149,7 +149,7 @@ def stage_checkpoint(
 
 
 def write_card(saved: str | Path, folder: str | Path, repo_id: str, revision: str | None = None):
-    """Writes the card of a model that was saved, or of a checkpoint, into `folder`."""
+    """Write the card of a model that was saved, or of a checkpoint, into `folder`."""
     config = AutoConfig.from_pretrained(saved, trust_remote_code=False)
     # A class of the user's own is described as the model that it is built on.
     model_class = getattr(modeling, config.architectures[0], getattr(modeling, config.auto_classes["AutoModel"]))
@@ -195,7 +195,7 @@ def upload(
     create_pr: bool = False,
     tag: str | None = None,
 ) -> CommitInfo:
-    """Commits the files of a folder, and deletes what an earlier push left of their kinds.
+    """Commit the files of a folder, and deletes what an earlier push left of their kinds.
 
     The repository and the branch are made where they are missing. A card that was not written by this package stays.
 

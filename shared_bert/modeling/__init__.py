@@ -1,4 +1,4 @@
-"""All that a checkpoint needs: configs, attention and models."""
+"""Configs, attention and models: the code that goes to the Hub with a checkpoint."""
 
 from .attention import SelfAttention
 from .configuration_shared_attention import SharedAttentionConfig

@@ -1,9 +1,9 @@
 """Self-attention of every scheme, folded: the trained parameters are the papers', the computation is not.
 
 - All distinct matrices are one `projection`; the roles are views of its result.
-- What a scheme has in addition to matrices (see `ingredients`) is put on the query and on the context, so that keys
-  and values stay views of the projection, and are cached as such.
-- Roles with the same matrix are handed on as the same tensor, never a copy.
+- A scheme's ingredient (see `ingredients`) is applied to the query and to the context, so that keys and values stay
+  views of the projection, and are cached as such.
+- Roles with the same matrix are the same tensor, never a copy.
 """
 
 import torch
@@ -43,7 +43,7 @@ class SelfAttention(nn.Module):
 
     Args:
         config: a `SharedAttentionConfig`.
-        layer_idx: the layer's place in the cache.
+        layer_idx: the layer's index in the cache.
         is_causal: whether a token may not attend to later ones.
     """
 
@@ -71,10 +71,10 @@ class SelfAttention(nn.Module):
     def roles(
         self, hidden_states: torch.Tensor, projection_weight: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Makes query, key and value, each [batch, heads, seq, head_dim], from [batch, seq, hidden]."""
+        """Return query, key and value, each [batch, heads, seq, head_dim], of [batch, seq, hidden]."""
         projected = _apply(self.projection, hidden_states, projection_weight)
         tensors = dict(zip(self.scheme.matrices, projected.split(self.widths, dim=-1), strict=True))
-        # Under autocast a LayerNorm's result is float32 and a projection's is not; attention wants one type.
+        # Under autocast a LayerNorm's result is float32 and a projection's is not; attention needs one dtype.
         tensors["x"] = hidden_states.to(projected.dtype)
         heads = {name: tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name, tensor in tensors.items()}
         query, key, value = (heads[role] for role in self.scheme.roles)
@@ -89,7 +89,7 @@ class SelfAttention(nn.Module):
         past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends within `hidden_states` [batch, seq, hidden] and what `past_key_values` holds.
+        """Attend to `hidden_states` [batch, seq, hidden] and to the cached tokens.
 
         Args:
             projection_weight, output_weight: the matrices that the layers share (see `DepthSharing`).

@@ -7,10 +7,10 @@ SHARED_KEY_VALUE = "shared_kv_attention"
 
 
 class OneStream:
-    """Makes a cache layer keep `keys` [batch, heads, seq, head_dim] only and hand them out as `values` too.
+    """A cache layer that keeps `keys` [batch, heads, seq, head_dim] only, and returns them as `values` too.
 
-    Assigning `values` is accepted and dropped, since transformers' layers do to them what they do to the keys. What
-    they read back from `values` to change it would be changed twice, so those methods are defined anew.
+    Assignments to `values` are ignored, since transformers' layers treat them as they treat the keys. Methods that
+    change `values` as well as `keys` would change the keys twice, so they are overridden.
     """
 
     @property
@@ -39,7 +39,7 @@ class SharedKeyValueLayer(OneStream, DynamicLayer):
 
     def crop(self, tokens_to_remove: int):
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+            raise ValueError(f"crop({tokens_to_remove}): the number of tokens to remove must be negative")
         if tokens_to_remove < 0 and self.is_initialized:
             self.keys = self.keys[..., :tokens_to_remove, :]
 

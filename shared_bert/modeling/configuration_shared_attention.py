@@ -1,7 +1,4 @@
-"""The config fields that say how attention makes its query, key and value, and what its layers share.
-
-They are the same in every model.
-"""
+"""The config fields of attention: its scheme, and what its layers share. They are the same in every model."""
 
 import math
 from functools import wraps
@@ -14,7 +11,7 @@ from transformers.utils.type_validators import interval
 
 from .schemes import SCHEMES, Scheme
 
-# The ways of sharing over the depth, and the field that sizes each.
+# The values of `depth_sharing`, and the field that sizes each.
 DEPTH_SHARING = {
     "none": None,
     "masa": "num_atoms",
@@ -22,9 +19,9 @@ DEPTH_SHARING = {
     "repeat_all_over": "num_groups",
     "low_rank": "rank",
 }
-# What a config file does not decide: it could name a kernel of the Hub, whose code would run, or a pickle.
+# A config file could name a kernel of the Hub, whose code would run, or a pickle: only the caller sets these.
 _CALLERS_CHOICE = ("attn_implementation", "_attn_implementation", "transformers_weights")
-# What `with_attention` does not keep.
+# Fields that `with_attention` resets.
 _CHOICES = (
     "attention_scheme", "attention_scale", "num_key_value_heads", "depth_sharing", "depth_shared_matrices",
     "num_atoms", "num_groups", "rank", "layer_ranks", "coefficient_source",
@@ -80,10 +77,10 @@ class SharedAttentionConfig(PreTrainedConfig):
             "normal" with a random direction.
 
     Raises:
-        ValueError: naming the field, for a value or a combination that has no meaning.
+        ValueError: naming the field, for an invalid value or combination.
     """
 
-    # Which class of the model's file serves which Auto class.
+    # The class of the model's file for each Auto class.
     auto_classes: ClassVar[dict[str, str]] = {}
 
     hidden_size: int = interval(min=1)(default=768)
@@ -116,10 +113,10 @@ class SharedAttentionConfig(PreTrainedConfig):
         return SCHEMES[self.attention_scheme]
 
     def _tensor_parallel_plan(self, attention: str, first: str, second: str) -> dict[str, str]:
-        """Plans how each layer's matrices are cut over processes, by the names of its attention and of its MLP.
+        """Return how each layer's matrices are split over processes, by the names of its attention and of its MLP.
 
-        The MLP stays cut between its two matrices. Attention's are gathered: where a role is the input itself, or two
-        roles are one tensor, heads cannot be dealt out by columns. What layers share is not cut.
+        The MLP stays split between its two matrices. Attention's are gathered: where a role is the input itself, or
+        two roles are one tensor, heads cannot be split by columns. Matrices that layers share are not split.
         """
         cut = {"projection": "colwise_gather_output", "output": "rowwise_split_input"}
         own = {f"{attention}.{name}": style for name, style in cut.items() if name not in self.shared_maps}
@@ -127,24 +124,24 @@ class SharedAttentionConfig(PreTrainedConfig):
 
     @property
     def is_stock(self) -> bool:
-        """Whether attention is the stock model's, matrix by matrix."""
+        """Whether attention has the stock model's matrices."""
         grouped = self.num_key_value_heads != self.num_attention_heads
         return self.attention_scheme == "standard" and self.depth_sharing == "none" and not grouped
 
     def with_attention(self, **fields) -> "SharedAttentionConfig":
-        """Makes a config of the same shape, biases and head, whose attention is standard but for `fields`."""
+        """Return a config of the same shape, biases and head, with standard attention except for `fields`."""
         kept = {name: value for name, value in self.to_dict().items() if name not in (*_CHOICES, "model_type")}
         return type(self)(**kept | {"attention_scheme": "standard"} | fields)
 
     @property
     def shared_maps(self) -> tuple[str, ...]:
-        """Which linear maps of a layer `depth_sharing` is about."""
+        """The linear maps of a layer that `depth_sharing` applies to."""
         if self.depth_sharing == "none":
             return ()
         return ("projection", "output") if self.depth_shared_matrices == "qkvo" else ("projection",)
 
     def matrix_widths(self, linear: str) -> dict[str, int]:
-        """Names the matrices that lie side by side in the "projection" or the "output", with their widths."""
+        """Return the widths of the matrices in the "projection" or the "output", by name."""
         if linear == "output":
             return {"o": self.hidden_size}
         key_value_size = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
@@ -154,7 +151,7 @@ class SharedAttentionConfig(PreTrainedConfig):
         }
 
     def matrix_ranks(self, layer_idx: int, linear: str) -> list[int]:
-        """Ranks of the low-rank matrices in a layer's "projection" or "output"; 0 where there are none."""
+        """Return the ranks of the low-rank matrices in a layer's "projection" or "output"; 0 for none."""
         number = len(self.scheme.matrices)
         if self.layer_ranks is not None:
             ranks = self.layer_ranks[layer_idx]
@@ -170,15 +167,15 @@ class SharedAttentionConfig(PreTrainedConfig):
         return super().from_dict({**stated, **given}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Gives what is saved: `num_key_value_heads` only where queries are grouped, so that it follows the heads."""
+        """Return what is saved: `num_key_value_heads` only where queries are grouped, so that it follows the heads."""
         values = super().to_diff_dict()
         if self.num_key_value_heads == self.num_attention_heads:
             values.pop("num_key_value_heads", None)
         return values
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves the config, with where each Auto class finds its class in the code that goes with the weights."""
-        # What is there may name another repository's code ("repository--file.Class"), or a subclass of the user's.
+        """Save the config with an `auto_map`, by which the Auto classes find the code next to the weights."""
+        # An existing entry may name another repository's code ("repository--file.Class"), or a subclass of the user's.
         named = {auto: cls for auto, cls in (getattr(self, "auto_map", None) or {}).items() if "--" not in cls}
         models = {auto: f"modeling_{self.model_type}.{name}" for auto, name in self.auto_classes.items()}
         self.auto_map = {**models, **named}
@@ -191,7 +188,7 @@ class SharedAttentionConfig(PreTrainedConfig):
 
     # Methods of this name are called by `strict`.
     def validate_attention(self):
-        """Raise a ValueError for a scheme, a scale or numbers of heads that have no meaning."""
+        """Raise a ValueError for an invalid scheme, scale or number of heads."""
         self.scheme  # noqa: B018 - names the valid ones
         if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
             raise ValueError(f"attention_scale={self.attention_scale} must be finite and above 0, or None")
@@ -210,12 +207,12 @@ class SharedAttentionConfig(PreTrainedConfig):
             groupable = ", ".join(name for name, row in SCHEMES.items() if row.can_group)
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} groups queries, but attention_scheme="
-                f"{self.attention_scheme!r} takes its key or value from the query's matrix or from the input, "
+                f"{self.attention_scheme!r} makes its key or value with the query's matrix or takes the input, "
                 f"which have num_attention_heads={self.num_attention_heads} heads; use one of {groupable}"
             )
 
     def validate_depth_sharing(self):
-        """Raise a ValueError for fields that do not go with `depth_sharing`, or that it lacks."""
+        """Raise a ValueError for fields that `depth_sharing` does not take, or needs and lacks."""
         needed = DEPTH_SHARING[self.depth_sharing]
         allowed = {needed} if self.depth_sharing == "none" else {needed, "rank", "layer_ranks"}
         for field in ("num_atoms", "num_groups", "rank", "layer_ranks"):
@@ -223,7 +220,7 @@ class SharedAttentionConfig(PreTrainedConfig):
             if value is not None and field not in allowed:
                 users = ", ".join(name for name, size in DEPTH_SHARING.items() if size == field)
                 raise ValueError(
-                    f"{field}={value} has no meaning with depth_sharing={self.depth_sharing!r}"
+                    f"{field}={value} does not go with depth_sharing={self.depth_sharing!r}"
                     + (f"; it goes with {users}" if users else "")
                 )
         if self.depth_sharing == "none":
@@ -240,15 +237,15 @@ class SharedAttentionConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={value} must be at least 1 and at most {of}={most}")
         if self.coefficient_source == "network" and self.depth_sharing != "masa":
             raise ValueError(
-                f"coefficient_source='network' makes the coefficients of 'masa'; depth_sharing={self.depth_sharing!r} "
-                "has none"
+                f"coefficient_source='network' makes the coefficients of 'masa', which depth_sharing="
+                f"{self.depth_sharing!r} does not have"
             )
         if self.layer_ranks is not None:
             self._check_layer_ranks()
 
     def _check_layer_ranks(self):
         if self.rank is not None:
-            raise ValueError(f"rank={self.rank} and layer_ranks say the same: give one of the two")
+            raise ValueError(f"rank={self.rank} and layer_ranks exclude each other: give one of the two")
         number = sum(len(self.matrix_widths(linear)) for linear in self.shared_maps)
         shape = f"num_hidden_layers={self.num_hidden_layers} lists of {number} ranks"
         if len(self.layer_ranks) != self.num_hidden_layers or any(len(row) != number for row in self.layer_ranks):

@@ -61,7 +61,7 @@ class SharedGptConfig(SharedAttentionConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What `generate()` builds its cache from: one stream per layer where key and value are one tensor."""
+        """The types of cache layers for `generate()`: one stream per layer where key and value are one tensor."""
         layer_type = SHARED_KEY_VALUE if self.scheme.key_is_value else "full_attention"
         return [layer_type] * self.num_hidden_layers
 

@@ -7,9 +7,9 @@
 | ``repeat_all_over`` | the stack repeats: A B A B A B | |
 
 `DepthSharing` belongs to the model and not to a layer, holds each shared tensor once, and makes the matrices of all
-layers once per forward (not once per token in a generation), in the parameters' own type also under autocast.
-The layers take them as arguments (`SharedLinear`), so that checkpointing, DDP, FSDP and `torch.compile` see nothing
-but tensors. ``low_rank`` shares nothing between layers: its factors are in `LowRankLinear`.
+layers once per forward (not once per token in a generation), in the parameters' own dtype, even under autocast.
+The layers take them as arguments (`SharedLinear`), so that checkpointing, DDP, FSDP and `torch.compile` see only
+tensors. ``low_rank`` shares nothing between layers: its factors are in `LowRankLinear`.
 """
 
 from weakref import WeakKeyDictionary
@@ -23,17 +23,17 @@ from .loading import check_loaded
 
 
 def layer_groups(depth_sharing: str, num_layers: int, num_groups: int) -> list[int]:
-    """Numbers the group whose matrix each layer takes, in ``sequential`` or ``repeat_all_over`` sharing."""
+    """Return the group of each layer in ``sequential`` or ``repeat_all_over``."""
     if depth_sharing == "sequential":
         return [layer * num_groups // num_layers for layer in range(num_layers)]
     return [layer % num_groups for layer in range(num_layers)]
 
 
 def initial_coefficients(num_layers: int, num_atoms: int, how: str) -> torch.Tensor:
-    """Starts the coefficients [layers, atoms] with rows of length one: an assembled matrix varies as the atoms do.
+    """Return coefficients [layers, atoms] with rows of length one, which keep the variance of the atoms' entries.
 
     Args:
-        how: "depth" spreads the atoms evenly over the depth and mixes in each layer the two that are nearest;
+        how: "depth" spreads the atoms evenly over the depth and mixes the two nearest in each layer;
             "normal" draws a random direction for each layer.
     """
     if how == "normal":
@@ -53,9 +53,9 @@ class LayerEmbedding(nn.Embedding):
 
 
 class CoefficientNetwork(nn.Module):
-    """Makes the coefficients while training, from an embedding of each layer, by a network of three layers.
+    """The network of three layers that makes the coefficients while training, from an embedding of each layer.
 
-    For inference its result takes its place (`fix_coefficients`). The paper gives no sizes.
+    `fix_coefficients` replaces it by its result for inference. The paper gives no sizes.
     """
 
     def __init__(self, num_layers: int, num_atoms: int, size: int = 64):
@@ -73,11 +73,11 @@ class CoefficientNetwork(nn.Module):
         return features
 
     def forward(self) -> torch.Tensor:
-        """Gives [layers, atoms]."""
+        """Return the coefficients [layers, atoms]."""
         return self.out(self.features())
 
     def init_weights(self, coefficients: torch.Tensor):
-        """Starts so that the result is `coefficients` [layers, atoms]."""
+        """Start with the result `coefficients` [layers, atoms]."""
         if self.out.weight.is_meta:  # offloaded while it was loaded
             return
         init.normal_(self.embedding.weight)
@@ -92,7 +92,7 @@ class CoefficientNetwork(nn.Module):
 class SharedMatrix(nn.Module):
     """One matrix of attention in all layers, [width, hidden] each, made from `atoms` [atoms, width, hidden].
 
-    In ``masa`` there are `coefficients` besides: a parameter [layers, atoms], or the network that makes it.
+    ``masa`` has `coefficients`, too: a parameter [layers, atoms], or the network that makes it.
     """
 
     def __init__(self, config, width: int):
@@ -109,7 +109,7 @@ class SharedMatrix(nn.Module):
             self.coefficients = nn.Parameter(torch.empty(num_layers, number))
 
     def init_weights(self, std: float):
-        """Starts the matrix of every layer with entries of standard deviation `std`."""
+        """Start the matrix of every layer with entries of standard deviation `std`."""
         init.normal_(self.atoms, std=std)
         if self.config.depth_sharing == "masa":
             coefficients = initial_coefficients(
@@ -121,16 +121,16 @@ class SharedMatrix(nn.Module):
                 init.copy_(self.coefficients, coefficients)
 
     def layer_coefficients(self) -> torch.Tensor:
-        """Gives the coefficients of ``masa``, [layers, atoms]."""
+        """Return the coefficients of ``masa``, [layers, atoms]."""
         return self.coefficients() if isinstance(self.coefficients, CoefficientNetwork) else self.coefficients
 
     @torch.no_grad()
     def fix_coefficients(self):
-        """Puts what the network gives in its place."""
+        """Replace the network by its result."""
         self.coefficients = nn.Parameter(self.layer_coefficients().clone())
 
     def forward(self) -> tuple[torch.Tensor, ...]:
-        """Gives what there are different matrices of, [width, hidden] each: per layer, or per group."""
+        """Return the distinct matrices, [width, hidden] each: one per layer, or one per group."""
         if self.config.depth_sharing != "masa":
             return self.atoms.unbind(0)
         with torch.autocast(self.atoms.device.type, enabled=False):
@@ -148,7 +148,7 @@ class DepthSharing(nn.ModuleDict):
         self.mode_changes = 0
 
     def forward(self) -> list[tuple[torch.Tensor, ...]]:
-        """Gives each layer its shared weights: that of its projection [rows, hidden] and, if shared, of its output."""
+        """Return the shared weights of each layer: its projection's [rows, hidden] and, if shared, its output's."""
         made = {name: matrix() for name, matrix in self.items()}
         maps = []
         for linear in self.config.shared_maps:
@@ -162,7 +162,7 @@ class DepthSharing(nn.ModuleDict):
         return [weights[group] for group in groups]
 
     def kept_with(self, cache: Cache) -> list[tuple[torch.Tensor, ...]]:
-        """Return what `forward` does, assembled again only where a parameter has changed since the last call."""
+        """Return the result of `forward`, assembled again only if a parameter has changed since the last call."""
         # Fused optimizers change parameters in place and do not count it; they need a model in training mode.
         state = {p: (p._version, p.data_ptr()) for p in self.parameters()}, self.mode_changes
         if cache not in _KEPT or _KEPT[cache][0] != state:
@@ -174,15 +174,15 @@ class DepthSharing(nn.ModuleDict):
         return super().train(mode)
 
 
-# What was assembled for a generation, and the state that the parameters were in: for as long as its cache lives, and
+# The matrices assembled for a generation and the state of the parameters then, kept while its cache lives. They are
 # outside of cache and model, which are copied and saved.
 _KEPT: WeakKeyDictionary[Cache, tuple[tuple, list]] = WeakKeyDictionary()
 
 
 def fix_coefficients(model: nn.Module):
-    """Makes a trained model one for inference: the coefficients of ``masa`` take the place of their networks.
+    """Prepare a trained model for inference: replace the networks that make the coefficients of ``masa`` by these.
 
-    Nothing changes without such networks. `scripts/pretrain.py` does so when it saves a model, not with checkpoints.
+    A model without such networks is unchanged. `scripts/pretrain.py` does this to the final model, not to checkpoints.
 
     Raises:
         ValueError: weights are offloaded.
@@ -197,19 +197,19 @@ def fix_coefficients(model: nn.Module):
 
 
 def make_depth_sharing(config) -> DepthSharing | None:
-    """Makes what the layers of a model share; None where every layer has all of its own."""
+    """Return the matrices that the layers of a model share; None if each layer has its own."""
     return DepthSharing(config) if config.depth_sharing in ("masa", "sequential", "repeat_all_over") else None
 
 
 def shared_weights(
     depth_sharing: DepthSharing | None, num_layers: int, cache: Cache | None = None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Gives each layer the weights it shares; nothing where it shares none.
+    """Return the shared weights of each layer, empty where it shares none.
 
-    They are assembled once per forward or, where a `cache` holds keys and values and no gradient is asked for, once
-    for all forwards that go on with it. What cannot tell whether a parameter has changed assembles in every forward:
-    compiled code, and parameters that are sharded, quantized or made under `torch.inference_mode`. A change through
-    `parameter.data` in the middle of a generation goes unnoticed until the next one.
+    They are assembled once per forward or, for a generation without gradients, once for its `cache`. Compiled code,
+    and parameters that are sharded, quantized or made under `torch.inference_mode`, cannot tell whether a parameter
+    has changed, and assemble in every forward. A change through `parameter.data` in the middle of a generation goes
+    unnoticed until the next one.
     """
     if depth_sharing is None:
         return [()] * num_layers

@@ -1,34 +1,30 @@
 """Packed batches: several documents in a row, none seen by another.
 
 A model takes `document_ids` [batch, seq]: equal, contiguous numbers within a document. From them come the
-positions, restarted in every document, and what keeps documents apart: a block-diagonal mask, or the sequence
-lengths that flash attention takes in its place.
+positions, which restart in every document, and what keeps documents apart: a block-diagonal mask, or the sequence
+lengths that flash attention takes instead.
 """
 
 import torch
-from transformers.masking_utils import (
-    create_bidirectional_mask,
-    create_causal_mask,
-    packed_sequence_mask_function,
-)
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, packed_sequence_mask_function
 from transformers.utils.generic import is_flash_attention_requested
 
 
 def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
-    """Marks the first token of every document; boolean [batch, seq]."""
+    """Return where a document starts, bool [batch, seq]."""
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return starts
 
 
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """Numbers the tokens of every document from 0; [batch, seq]."""
+    """Return the position of each token in its document, [batch, seq]."""
     indices = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     return indices - torch.where(document_starts(document_ids), indices, 0).cummax(dim=1).values
 
 
 def check_length(config, length: int):
-    """Raise a ValueError where `length` tokens are more than the model has positions for."""
+    """Raise a ValueError if `length` exceeds the model's positions."""
     if length > config.max_position_embeddings:
         raise ValueError(
             f"the sequence has {length} tokens, but max_position_embeddings={config.max_position_embeddings}: "
@@ -37,35 +33,28 @@ def check_length(config, length: int):
 
 
 def check_positions(config, position_ids: torch.Tensor):
-    """Raise a ValueError where the model has no embedding for one of `position_ids`, on a CPU.
+    """Raise a ValueError on a CPU if the model has no embedding for one of `position_ids`.
 
-    A row of several documents, whose positions restart, may be longer than `max_position_embeddings`. Elsewhere
-    nobody could know without waiting for the device, whose own error is raised.
+    A row of several documents, whose positions restart, may be longer than `max_position_embeddings`. On
+    other devices the check would wait for the device, which raises its own error.
     """
     if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         for position in map(int, position_ids.aminmax()):
             if not 0 <= position < config.max_position_embeddings:
                 raise ValueError(
-                    f"position_ids has a position {position}, but max_position_embeddings="
-                    f"{config.max_position_embeddings}"
+                    f"position_ids contains {position}, but max_position_embeddings={config.max_position_embeddings}"
                 )
 
 
 def attention_inputs(
-    config,
-    is_causal: bool,
-    inputs_embeds,
-    attention_mask=None,
-    document_ids=None,
-    position_ids=None,
-    cache=None,
+    config, is_causal: bool, inputs_embeds, attention_mask=None, document_ids=None, position_ids=None, cache=None
 ) -> tuple[torch.Tensor | None, dict]:
-    """Makes what attention needs to see the right tokens only, in the form the chosen implementation takes.
+    """Return the mask and the arguments by which attention sees the right tokens only, for its implementation.
 
     Args:
         inputs_embeds: [batch, seq, hidden].
         attention_mask: [batch, keys], 0 where a token is padding, or a finished mask of four dimensions.
-        document_ids: [batch, seq] of a packed batch. Padding is a document of its own, so no mask goes with it.
+        document_ids: [batch, seq] of a packed batch. Padding is a document of its own, so there is no mask.
         position_ids: as the caller gave them. Where they restart, a causal model begins a new document, as stock
             models do, unless there is a mask or a cache. An encoder does not, as stock BERT does not: give it
             `document_ids`.
@@ -74,7 +63,7 @@ def attention_inputs(
         The mask, and keyword arguments for every attention layer.
 
     Raises:
-        ValueError: `document_ids` beside a mask or a cache.
+        ValueError: `document_ids` together with a mask or a cache.
     """
     if document_ids is None:
         if is_causal:
@@ -87,7 +76,7 @@ def attention_inputs(
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError("document_ids describe whole rows: they cannot go with past_key_values")
     if is_flash_attention_requested(config):
-        # One wait for the device per forward. The longest length may be any upper bound.
+        # This waits for the device once per forward. The longest length may be any upper bound.
         starts = document_starts(document_ids).flatten().nonzero().flatten()
         ends = starts.new_tensor([document_ids.numel()])
         lengths = torch.cat([starts, ends]).to(torch.int32)

@@ -1,8 +1,7 @@
-"""What a scheme has in addition to matrices and roles.
+"""The ingredients of schemes: what they have in addition to matrices and roles.
 
-An ingredient owns its parameters: their shapes, how they start, how attention folds them, what they multiply out to,
-and what becomes of them when a head is turned or moved. The parameters themselves lie in `SelfAttention`, under the
-names given by `shapes`.
+An ingredient defines its parameters: shapes, initialisation, folding, multiplying out, and how they change when a head
+is rotated or moved. The parameters themselves are `SelfAttention`'s, under the names given by `shapes`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ Parameters = Mapping[str, torch.Tensor]
 
 
 class Ingredient:
-    """No ingredient: roles are what the matrices make. The others say what they do differently."""
+    """No ingredient: the roles are the matrices' results. Subclasses override what they change."""
 
     words = ""  # for a model card
     can_turn = True  # whether the query and key of a head, or its value and output, may be rotated together
@@ -36,7 +35,7 @@ class Ingredient:
         return context
 
     def multiply_out(self, parameters: Parameters, query, key, value) -> tuple[torch.Tensor, ...]:
-        """Return the roles as the paper has them. Each is [hidden, n], a row for every channel."""
+        """Return the roles as the paper defines them; each is [hidden, n], one row per channel."""
         return query, key, value
 
     def turn(self, parameters: Parameters, turn: torch.Tensor) -> Parameters:
@@ -44,7 +43,7 @@ class Ingredient:
         return parameters
 
     def reorder(self, parameters: Parameters, order: torch.Tensor) -> Parameters:
-        """Return the parameters for heads that stand in another order, [heads]."""
+        """Return the parameters for heads in another order, [heads]."""
         return parameters
 
 
@@ -85,7 +84,7 @@ class Diagonals(Ingredient):
 class Pairwise(Ingredient):
     """k = q·U, with one U [head_dim, head_dim] per head.
 
-    Since q·(q·U)ᵀ = (q·Uᵀ)·qᵀ, U is put on the query, and the key is the projection itself.
+    Since q·(q·U)ᵀ = (q·Uᵀ)·qᵀ, U is applied to the query, and the key is the projection itself.
     """
 
     words = "a matrix per head stands between query and key"

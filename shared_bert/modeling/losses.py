@@ -1,4 +1,4 @@
-"""The loss of a vocabulary head, at the predicted positions only and without keeping all logits.
+"""The loss of a vocabulary head, at the predicted positions only, without keeping all logits.
 
 A masked language model predicts about 15 % of its positions: gathering their hidden states first saves 85 % of
 the head, and the float32 logits of all positions, which are the largest tensor of a training step.
@@ -15,18 +15,17 @@ MAX_LOGITS = 2**29
 
 
 def predicted_positions(labels: torch.Tensor, num_predictions: int | None = None) -> torch.Tensor | None:
-    """Finds the positions whose label is not -100; [predictions] indices into `labels.flatten()`.
+    """Return the positions whose label is not -100, as indices into `labels.flatten()`, [predictions].
 
     Args:
         labels: [batch, seq].
         num_predictions: an upper bound of the predictions in the batch. With it the result has that length
-            (unpredicted positions, labelled -100, fill it up), so shapes are static: no wait for the device, and
-            no graph break. Without it, None is returned under `torch.compile` and `torch.func.vmap`: predict
-            everywhere.
+            (padded with positions labelled -100), so shapes are static: no wait for the device, and no graph
+            break. Without it the result is None under `torch.compile` and `torch.func.vmap`: predict everywhere.
 
     Raises:
-        ValueError: more labels than `num_predictions`, on a CPU. Elsewhere those beyond it are left out, since nobody
-            could know without waiting for the device.
+        ValueError: more labels than `num_predictions`, on a CPU. On other devices the rest is ignored, since the check
+            would wait for the device.
     """
     ignored = labels.flatten() == IGNORED
     if num_predictions is not None:
@@ -34,7 +33,7 @@ def predicted_positions(labels: torch.Tensor, num_predictions: int | None = None
             found = int((~ignored).sum())
             if found > num_predictions:
                 raise ValueError(
-                    f"num_predictions={num_predictions} must bound the labels of a batch, and {found} are set"
+                    f"num_predictions={num_predictions} must be at least the number of labels in a batch, {found}"
                 )
         return ignored.int().argsort(stable=True)[:num_predictions]
     if torch.compiler.is_compiling():
@@ -46,11 +45,11 @@ def predicted_positions(labels: torch.Tensor, num_predictions: int | None = None
 
 
 class VocabularyLogits(torch.autograd.Function):
-    """`linear`, whose gradient of the weight is a tensor that nothing else refers to.
+    """`linear` whose gradient of the weight is a tensor of its own.
 
     Where the weight is tied to the embeddings, autograd then adds their gradient to it in place. That of
-    `nn.functional.linear` is a view, so it makes a third matrix of that size.
-    (It has no `jvp`, which `torch.compile` does not take: forward-mode differentiation is for `model.eval()`.)
+    `nn.functional.linear` is a view, so the sum is a third matrix of that size.
+    (`torch.compile` does not accept a `jvp`: forward-mode differentiation needs `model.eval()`.)
     """
 
     generate_vmap_rule = True
@@ -66,7 +65,7 @@ class VocabularyLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         hidden_states, weight = ctx.saved_tensors
-        # Under autocast the logits, and so their gradient, have another type than the weight.
+        # Under autocast the logits, and so their gradient, have another dtype than the weight.
         of_hidden_states = (gradient @ weight.to(gradient.dtype)).to(hidden_states.dtype)
         of_weight = of_bias = None
         if ctx.needs_input_grad[1]:
@@ -79,9 +78,8 @@ class VocabularyLogits(torch.autograd.Function):
 class VocabularyHead(nn.Linear):
     """The `nn.Linear` over the vocabulary, which saves a matrix of gradients while training.
 
-    It does so for the [rows, hidden] of a loss, and where its weight is an ordinary parameter: one that is quantized,
-    sharded or replaced for a call of `torch.func` takes the usual way. (`resize_token_embeddings` puts a plain
-    `nn.Linear` in its place.)
+    It does so for the [rows, hidden] of a loss and an ordinary parameter; a weight that is quantized, sharded or
+    replaced by `torch.func` takes the usual path. (`resize_token_embeddings` replaces it by a plain `nn.Linear`.)
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -100,13 +98,13 @@ def linear_cross_entropy(
 
     Args:
         hidden_states: [rows, hidden].
-        head: gives [rows, vocabulary].
+        head: returns logits [rows, vocabulary].
         labels: [rows]; -100 is ignored.
-        num_items_in_batch: what the sum is divided by (Trainer gives the predictions of all accumulated
-            batches); None divides by the predictions in `labels`.
+        num_items_in_batch: the divisor of the sum (from Trainer, the predictions of all accumulated batches); None
+            divides by the predictions in `labels`.
 
     Returns:
-        A scalar; 0 where nothing is predicted.
+        A scalar; 0 if nothing is predicted.
     """
 
     def total(hidden_states, labels):

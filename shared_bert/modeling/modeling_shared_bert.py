@@ -1,7 +1,7 @@
 """SharedBERT: BERT (post-norm encoder) whose attention follows a scheme.
 
 Everything around attention is stock BERT's own module under its own name, so with ``standard`` this model is
-BERT: `load_state_dict` takes a stock state dict (the names inside attention are translated) and gives its logits.
+BERT: `load_state_dict` accepts a stock state dict (names inside attention are translated), and the logits are equal.
 """
 
 import torch
@@ -76,7 +76,7 @@ class SharedBertLayer(GradientCheckpointingLayer):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    # Shared weights are positional, like all that wants a gradient through checkpointing.
+    # Shared weights are positional: checkpointing passes gradients to positional arguments only.
     def forward(
         self, hidden_states: torch.Tensor, attention_mask=None, *shared_weights: torch.Tensor, **kwargs
     ) -> torch.Tensor:
@@ -108,7 +108,7 @@ class SharedBertPreTrainedModel(SafetensorsOnly, BertPreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # transformers looks for the attention interface in this file only, and finds a class named attention.
+        # transformers looks for the attention interface in this file only, where the classes named attention lack it.
         return True
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class SharedBertModel(SharedBertPreTrainedModel):
         document_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """Encodes `input_ids` [batch, seq] or `inputs_embeds` [batch, seq, hidden].
+        """Encode `input_ids` [batch, seq] or `inputs_embeds` [batch, seq, hidden].
 
         Args:
             attention_mask: [batch, seq], 0 where a token is padding.
@@ -169,7 +169,7 @@ class SharedBertModel(SharedBertPreTrainedModel):
             check_length(self.config, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
         else:
             check_positions(self.config, position_ids)
-        # In a later stage of a pipeline this module hands on its first argument, hidden states.
+        # In a later stage of a pipeline this module returns its first argument, hidden states.
         embeddings = self.embeddings(
             inputs_embeds=inputs_embeds, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids
         )
@@ -178,15 +178,14 @@ class SharedBertModel(SharedBertPreTrainedModel):
         )
         encoded = self.encoder(embeddings, attention_mask, **packing, **kwargs).last_hidden_state
         return BaseModelOutputWithPooling(
-            last_hidden_state=encoded,
-            pooler_output=None if self.pooler is None else self.pooler(encoded),
+            last_hidden_state=encoded, pooler_output=None if self.pooler is None else self.pooler(encoded)
         )
 
 
 class SharedBertPredictionHead(nn.Module):
     """BERT's head over the vocabulary, with the bias of its decoder under one name.
 
-    Stock BERT has it under two (`bias` besides), which FSDP2 cannot shard.
+    Stock BERT also has it as `bias`, which FSDP2 cannot shard.
     """
 
     def __init__(self, config: SharedBertConfig):
@@ -201,7 +200,7 @@ class SharedBertPredictionHead(nn.Module):
 
 def _drop_second_name(module, state_dict, prefix, *args):
     if f"{prefix}bias" in state_dict:
-        # Where the head is not tied the two are different parameters, and stock adds the decoder's.
+        # In a head that is not tied they are different parameters, and stock adds the decoder's.
         state_dict.setdefault(f"{prefix}decoder.bias", state_dict[f"{prefix}bias"])
         del state_dict[f"{prefix}bias"]
 
@@ -236,13 +235,13 @@ class SharedBertForMaskedLM(SharedBertPreTrainedModel):
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
-        """Predicts masked tokens; arguments not named here are `SharedBertModel.forward`'s.
+        """Predict masked tokens; arguments not named here are `SharedBertModel.forward`'s.
 
         Args:
             labels: [batch, seq]; -100 where nothing is predicted.
             num_predictions: an upper bound of the labels that are not -100, which keeps shapes static (see
                 `losses.predicted_positions`).
-            skip_logits: leave `logits` None and run the head at predicted positions only. None does so when
+            skip_logits: return no `logits`, and run the head at predicted positions only. None means True when
                 training with labels.
 
         Returns:
@@ -260,12 +259,7 @@ class SharedBertForMaskedLM(SharedBertPreTrainedModel):
             if positions is not None:
                 rows, targets = rows[positions], targets[positions]
             head = self.cls.predictions
-            loss = linear_cross_entropy(
-                head.transform(rows),
-                head.decoder,
-                targets,
-                kwargs.get("num_items_in_batch"),
-            )
+            loss = linear_cross_entropy(head.transform(rows), head.decoder, targets, kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(
             loss=loss,
             logits=None if skip_logits else self.cls.predictions(hidden_states),
@@ -275,7 +269,7 @@ class SharedBertForMaskedLM(SharedBertPreTrainedModel):
 
 
 class SharedBertClassifier(SharedBertPreTrainedModel):
-    """What the classification heads share: the encoder, dropout and one linear layer."""
+    """Base class of classification heads: the encoder, dropout and one linear layer."""
 
     accepts_loss_kwargs = False  # the loss is the mean of one batch; Trainer averages accumulated ones
 
@@ -306,7 +300,7 @@ class SharedBertForSequenceClassification(SharedBertClassifier):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
-        """Gives `logits` [batch, labels]; `labels` [batch] are classes, or numbers where `num_labels` is 1."""
+        """Return `logits` [batch, labels]; `labels` [batch] are classes, or numbers where `num_labels` is 1."""
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
@@ -334,7 +328,7 @@ class SharedBertForTokenClassification(SharedBertClassifier):
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
-        """Gives `logits` [batch, seq, labels]; `labels` [batch, seq], -100 where a token has none."""
+        """Return `logits` [batch, seq, labels]; `labels` [batch, seq], -100 where a token has none."""
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
@@ -360,7 +354,7 @@ class SharedBertForMultipleChoice(SharedBertClassifier):
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
-        """Takes inputs of [batch, choices, seq]; gives `logits` [batch, choices]; `labels` [batch]."""
+        """Return `logits` [batch, choices] of inputs [batch, choices, seq]; `labels` are [batch]."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         outputs = self.bert(*(None if t is None else t.flatten(0, 1) for t in inputs), **kwargs)
@@ -396,9 +390,9 @@ class SharedBertForQuestionAnswering(SharedBertPreTrainedModel):
         end_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
-        """Gives `start_logits` and `end_logits` [batch, seq]; the positions [batch] are the labels.
+        """Return `start_logits` and `end_logits` [batch, seq]; the positions [batch] are the labels.
 
-        A position beyond the sequence (an answer that was cut off) does not enter the loss.
+        A position beyond the sequence (an answer that was cut off) is ignored by the loss.
         """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)

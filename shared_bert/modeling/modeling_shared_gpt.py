@@ -1,7 +1,7 @@
 """SharedGPT: a GPT-2-like decoder (pre-norm, learned positions, optional biases) whose attention follows a scheme.
 
 Parameter names outside attention are stock GPT-2's, and matrices are `nn.Linear` ([out, in]). With ``standard``
-and all biases on, `load_state_dict` takes a stock state dict (whose matrices are [in, out]) and gives its logits.
+and all biases on, `load_state_dict` accepts a stock state dict (with matrices [in, out]), and the logits are equal.
 """
 
 import math
@@ -65,7 +65,7 @@ class SharedGptBlock(GradientCheckpointingLayer):
         if config.is_stock:
             self.register_load_state_dict_pre_hook(read_stock_names)
 
-    # Shared weights are positional, like all that wants a gradient through checkpointing.
+    # Shared weights are positional: checkpointing passes gradients to positional arguments only.
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -106,7 +106,7 @@ class SharedGptPreTrainedModel(SafetensorsOnly, PreTrainedModel):
             module.init_weights()
         std = self.config.initializer_range
         if getattr(module, "adds_to_residual", False):
-            # Every block adds to the residual stream twice; GPT-2 starts these matrices smaller to match.
+            # Every block adds to the residual stream twice; GPT-2 starts these matrices accordingly smaller.
             std /= math.sqrt(2 * self.config.num_hidden_layers)
             if isinstance(module, nn.Linear):
                 init.normal_(module.weight, std=std)
@@ -115,7 +115,7 @@ class SharedGptPreTrainedModel(SafetensorsOnly, PreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
-        """Gives compiled generation one mask for all layers; the default would make one per layer type."""
+        """Return one mask for all layers in compiled generation; the default would make one per layer type."""
         return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
 
@@ -153,11 +153,11 @@ class SharedGptModel(SharedGptPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Reads `input_ids` [batch, seq] or `inputs_embeds` [batch, seq, hidden], after what the cache holds.
+        """Read `input_ids` [batch, seq] or `inputs_embeds` [batch, seq, hidden], after the cached tokens.
 
         Args:
             attention_mask: [batch, cached + seq], 0 where a token is padding, on either side.
-            position_ids: [batch, seq]; by default 0, 1, 2 … after the cached tokens. `generate()` gives those
+            position_ids: [batch, seq]; by default 0, 1, 2 … after the cached tokens. `generate()` passes those
                 of left-padded rows.
             document_ids: [batch, seq] of a packed batch, in place of `attention_mask`: tokens attend within
                 their document only, and positions restart in each (see `documents`).
@@ -173,7 +173,7 @@ class SharedGptModel(SharedGptPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if getattr(past_key_values, "is_compileable", False):  # a static cache will be filled, and cannot be asked
+        if getattr(past_key_values, "is_compileable", False):  # its length is a tensor
             check_length(self.config, max(layer.max_cache_len for layer in past_key_values.layers))
         if position_ids is None and document_ids is not None:
             position_ids = document_positions(document_ids)
@@ -187,11 +187,11 @@ class SharedGptModel(SharedGptPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
-        # After the mask, which separates documents by their positions where there is no cache.
+        # After the mask, which separates documents by their positions if there is no cache.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        # In a later stage of a pipeline the input is hidden states, which have their positions.
+        # In a later stage of a pipeline the input is hidden states, with positions added.
         is_first_stage = not isinstance(self.wpe, nn.Identity)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids) if is_first_stage else inputs_embeds)
         weights = shared_weights(self.depth_sharing, len(self.h), past_key_values)
@@ -200,8 +200,7 @@ class SharedGptModel(SharedGptPreTrainedModel):
                 hidden_states, mask, *block_weights, past_key_values=past_key_values, **packing, **kwargs
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
 
@@ -230,26 +229,20 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Predicts each next token; arguments not named here are `SharedGptModel.forward`'s.
+        """Predict each next token; arguments not named here are `SharedGptModel.forward`'s.
 
         Args:
             labels: [batch, seq], the tokens themselves (they are shifted here); -100 where nothing is predicted.
-                Training that splits sequences over devices gives `shift_labels` besides, which take their place:
-                the next token of every position, as a part does not hold the token that follows it.
-            logits_to_keep: give logits for this many last positions, or for these positions; 0 gives all.
-            skip_logits: leave `logits` None. None does so when training with labels.
+                Training that splits sequences over devices passes `shift_labels`, which replace them: the next token
+                of every position, since a part does not contain the token that follows it.
+            logits_to_keep: return logits for this many last positions, or for these positions; 0 returns all.
+            skip_logits: return no `logits`. None means True when training with labels.
 
         Returns:
             `loss`, the mean over predicted positions in nats, and `logits` [batch, kept, vocabulary].
         """
         outputs = self.transformer(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         hidden_states = outputs.last_hidden_state
         if skip_logits is None:
@@ -257,14 +250,11 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
         logits = loss = None
         if labels is not None:
             rows, targets = hidden_states[:, :-1], labels[:, 1:]
-            # Not a named argument: Trainer would evaluate a loss only where it is given.
+            # Not a named argument: Trainer would then compute an evaluation loss only if it is given.
             if kwargs.get("shift_labels") is not None:
                 rows, targets = hidden_states, kwargs["shift_labels"]
             loss = linear_cross_entropy(
-                rows.flatten(0, 1),
-                self.lm_head,
-                targets.flatten(),
-                kwargs.get("num_items_in_batch"),
+                rows.flatten(0, 1), self.lm_head, targets.flatten(), kwargs.get("num_items_in_batch")
             )
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -302,7 +292,7 @@ class SharedGptForSequenceClassification(SharedGptPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
-        """Gives `logits` [batch, labels]; `labels` [batch] are classes, or numbers where `num_labels` is 1.
+        """Return `logits` [batch, labels]; `labels` [batch] are classes, or numbers where `num_labels` is 1.
 
         The last token is found by `attention_mask`, else by `pad_token_id`.
 
@@ -310,13 +300,7 @@ class SharedGptForSequenceClassification(SharedGptPreTrainedModel):
             ValueError: a batch of several rows with neither.
         """
         outputs = self.transformer(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         hidden_states = outputs.last_hidden_state
         logits = self.score(
@@ -375,15 +359,9 @@ class SharedGptForTokenClassification(SharedGptPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
-        """Gives `logits` [batch, seq, labels]; `labels` [batch, seq], -100 where a token has none."""
+        """Return `logits` [batch, seq, labels]; `labels` [batch, seq], -100 where a token has none."""
         outputs = self.transformer(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)

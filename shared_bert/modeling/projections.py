@@ -19,14 +19,14 @@ class UpMatrices(nn.ParameterList):
 
 
 class LowRankLinear(nn.Module):
-    """Applies matrices of the same input, each as two factors of a low rank: x·A·B.
+    """Matrices applied to the same input, each as two factors of low rank: x·A·B.
 
     Args:
         in_features: channels of the input.
-        widths: channels that each matrix gives; the result has their sum.
+        widths: output channels of each matrix; the result has their sum.
         ranks: the rank of each matrix. Rank 0 gives zeros.
-        bias: whether to add one.
-        starts_at_zero: begin with B at zero, as what is added to another matrix should.
+        bias: whether there is one.
+        starts_at_zero: start with B at zero, for matrices that are added to others.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class LowRankLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(widths))) if bias else None
 
     def init_weights(self, std: float):
-        """Starts the entries of every product with the standard deviation `std`."""
+        """Start the entries of each product with the standard deviation `std`."""
         init.normal_(self.down, std=std**0.5)
         for up, rank in zip(self.up, self.ranks, strict=True):
             # An entry of the product is a sum over the rank.
@@ -54,13 +54,13 @@ class LowRankLinear(nn.Module):
         return result if self.bias is None else result + self.bias
 
     def double_weight(self) -> torch.Tensor:
-        """Multiplies the factors out, in float64: [out, in]."""
+        """Return the product of the factors in float64, [out, in]."""
         downs = self.down.double().split(self.ranks)
         return torch.cat([up.double() @ down for up, down in zip(self.up, downs, strict=True)])
 
 
 class SharedLinear(nn.Module):
-    """A linear map whose matrix comes from `DepthSharing` with every call; its bias is the layer's own.
+    """A linear map whose matrix `DepthSharing` passes to every call; its bias is the layer's own.
 
     Args:
         in_features, widths, bias: as of `LowRankLinear`.
@@ -86,7 +86,7 @@ class SharedLinear(nn.Module):
 
 
 def make_linear(config, layer_idx: int, name: str) -> nn.Module:
-    """Makes the `projection` or the `output` of a layer, as `config.depth_sharing` stores it."""
+    """Return the `projection` or the `output` of a layer, as `config.depth_sharing` stores it."""
     widths = config.matrix_widths(name)
     sharing = config.depth_sharing if name in config.shared_maps else "none"
     if sharing == "none":

@@ -1,6 +1,6 @@
-"""Which matrix plays which role: the attention schemes, as one table.
+"""The attention schemes as one table: which matrix plays which role.
 
-A role (query, key, value) names the matrix that makes it. ``x`` is no matrix: the role is the block's
+A role (query, key, value) names the matrix that makes it. ``x`` is not a matrix: the role is the block's
 input itself. Two roles with the same name share one matrix, and so one projection of the input.
 
 | scheme | source |
@@ -20,7 +20,7 @@ from .ingredients import Diagonals, Ingredient, Pairwise
 
 @dataclass(frozen=True)
 class Scheme:
-    """A row of the table: the matrix behind each role, and what a scheme has in addition."""
+    """A row of the table: the matrix of each role, and what the scheme has in addition."""
 
     query: str
     key: str
@@ -30,12 +30,12 @@ class Scheme:
 
     @property
     def roles(self) -> tuple[str, str, str]:
-        """What makes query, key and value."""
+        """The matrices of query, key and value."""
         return self.query, self.key, self.value
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """The distinct matrices, in the order of the roles they first appear in."""
+        """The distinct matrices, in the order in which the roles name them."""
         return tuple(dict.fromkeys(role for role in self.roles if role != "x"))
 
     @property

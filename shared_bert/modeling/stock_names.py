@@ -1,4 +1,4 @@
-"""What the matrices of a stock layer are called, where a layer of this package has them under other names."""
+"""The names of a stock layer's matrices where a layer of this package names them otherwise."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class StockName:
 
 
 def read_stock_names(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args):
-    """Rename, in place, what `state_dict` holds of a stock layer: a hook of `load_state_dict` where ours is stock."""
+    """Rename a stock layer's entries of `state_dict` in place: a `load_state_dict` hook of ``standard`` layers."""
     if f"{prefix}{module.stock_names[0].stock[0]}.weight" not in state_dict:
         return
     for name in module.stock_names:
@@ -32,7 +32,7 @@ def read_stock_names(module: nn.Module, state_dict: dict[str, torch.Tensor], pre
 
 
 def write_stock_names(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str):
-    """Rename, in place, what `state_dict` holds of a ``standard`` layer; biases that it lacks stay missing."""
+    """Rename a ``standard`` layer's entries of `state_dict` to stock's in place; missing biases stay missing."""
     for name in module.stock_names:
         for kind in ("weight", "bias"):
             if (tensor := state_dict.pop(f"{prefix}{name.ours}.{kind}", None)) is not None:

@@ -1,4 +1,4 @@
-"""What a pre-training recipe may say: every field is a YAML key and a command-line option."""
+"""The fields of a pre-training recipe: each is a YAML key and a command-line option."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ class ConfigArguments:
         ValueError: a model that is named twice or not at all; overrides that cannot be read.
     """
 
-    model_name_or_path: str | None = _argument(None, "A trained model to go on with; else see config_name.")
+    model_name_or_path: str | None = _argument(None, "A trained model to continue training; else see config_name.")
     model_type: str | None = _argument(None, "shared_bert or shared_gpt, where config_name does not say.")
     config_name: str | None = _argument(None, "A YAML or JSON file of config fields, for a new model.")
     config_overrides: dict[str, Any] | str | None = field(
@@ -35,7 +35,7 @@ class ConfigArguments:
             self.config_overrides = read_overrides(self.config_overrides)
         if self.model_name_or_path and (self.model_type or self.config_name):
             raise ValueError(
-                f"model_name_or_path={self.model_name_or_path!r} names a trained model: leave out "
+                f"model_name_or_path={self.model_name_or_path!r} names a trained model: omit "
                 "model_type and config_name, which make a new one"
             )
         if not (self.model_name_or_path or self.model_type or self.config_name):
@@ -69,7 +69,7 @@ class ModelArguments(ConfigArguments):
 
 
 def read_overrides(text: str) -> dict[str, Any]:
-    """Reads "a=1,b=x" as YAML would read the values."""
+    """Read "a=1,b=x" as YAML would read the values."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
     for name, equals, _ in pairs:
         if not equals:
@@ -149,7 +149,7 @@ class PretrainingArguments(TrainingArguments):
     # Every parameter of these models takes part in every step; searching for others costs time.
     ddp_find_unused_parameters: bool | None = _argument(False, "Search for parameters without a gradient.")
     # The filter waits for the device at every step, and hides what `PretrainingTrainer` stops at.
-    logging_nan_inf_filter: bool = _argument(False, "Leave losses out of the log that are infinite or no numbers.")
+    logging_nan_inf_filter: bool = _argument(False, "Leave losses out of the log that are NaN or infinite.")
     # The other processes wait this long while the first one tokenizes.
     ddp_timeout: int = _argument(6 * 3600, "Seconds that processes wait for one another.")
     # Collated batches hold plain numbers beside tensors, which one process cannot cut up for the others.
@@ -158,7 +158,7 @@ class PretrainingArguments(TrainingArguments):
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the Hub's token out of `training_args.bin`, which Trainer pickles into every checkpoint."""
+        """Omit the Hub's token from `training_args.bin`, which Trainer pickles into every checkpoint."""
         return {**self.__dict__, "hub_token": None}
 
     def __post_init__(self):

@@ -33,7 +33,7 @@ _NEEDED = (TRAINER_STATE_NAME, "model*.safetensors", "optimizer*", "scheduler.pt
 
 
 def checkpoint_damage(folder: str | Path) -> str | None:
-    """Says what keeps training from going on from `folder`, or None; reads no weights.
+    """Return why training cannot resume from `folder`, or None; no weights are read.
 
     What is pickled must consist of tensors and numbers, as `torch.load(weights_only=True)` checks without running
     anything. `training_args.bin` need not: it is not read by anybody.
@@ -80,7 +80,7 @@ def finished_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def last_checkpoint(output_dir: str | Path) -> str:
-    """Finds the newest whole checkpoint of a run; warns of each newer one that is passed over.
+    """Return the newest whole checkpoint of a run; warn of each newer one that is skipped.
 
     Raises:
         ValueError: there is none.
@@ -94,7 +94,7 @@ def last_checkpoint(output_dir: str | Path) -> str:
 
 
 def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | None, overwrite: bool) -> str | None:
-    """Finds the checkpoint a run starts from; None for a new run, for which `output_dir` must be free.
+    """Return the checkpoint that a run starts from; None for a new run, for which `output_dir` must be free.
 
     Args:
         resume_from_checkpoint: true for the newest whole checkpoint of `output_dir`, else a checkpoint's folder.
@@ -122,7 +122,7 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | N
 
 
 def remove_run(output_dir: str):
-    """Deletes what `Trainer` and `pretrain` left in a folder; other files stay."""
+    """Delete the files of `Trainer` and `pretrain` in a folder; others stay."""
     for path in [*checkpoints(output_dir), *_matching(output_dir, (*_RUN_FILES, *_REMOVED_TOO))]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -135,7 +135,7 @@ def _matching(output_dir: str, names: Iterable[str]) -> list[Path]:
 
 
 def publish(unfinished: Path, folder: Path):
-    """Moves a saved model from `unfinished` into `folder`, whose config appears last: without one it is no model."""
+    """Move a saved model from `unfinished` into `folder`, its config last: without one a folder is not a model."""
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors*"):
         old.unlink()

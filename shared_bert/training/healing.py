@@ -29,7 +29,7 @@ def heal(
     training_args: PretrainingArguments,
     save_more: Callable[[Path], None] | None = None,
 ) -> dict[str, float]:
-    """Trains a converted model to do as the original does (see `HealingTrainer`), and saves it with its tokenizer.
+    """Distil a converted model from the original (see `HealingTrainer`), and save it with its tokenizer.
 
     `output_dir` gets what `pretrain` leaves there. A head that is not over the vocabulary, and a pooler, stay as
     they are: they read hidden states, which come closer to the teacher's.
@@ -107,7 +107,7 @@ def check_healing(
     data_args: DataArguments,
     training_args: PretrainingArguments,
 ):
-    """Raises the ValueError of `heal` for arguments that contradict one another or the model; reads no text."""
+    """Raise the ValueError of `heal` for invalid arguments, before any text is read."""
     if len(tokenizer) > teacher.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={teacher.config.vocab_size}"
@@ -165,7 +165,7 @@ class HealingTrainer(TimedTrainer):
 
 
 def _parameters_without_gradient(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Lists what the loss does not depend on: a head that is not over the vocabulary, and a pooler."""
+    """Return the parameters that the loss does not depend on: a pooler, and a head that is not over the vocabulary."""
     if family_of(model.config).is_language_model(model):
         return []
     used = {id(p) for name, p in model.base_model.named_parameters() if not name.startswith("pooler.")}

@@ -14,7 +14,7 @@ def save_loss_curve(
     title: str,
     loss_name: str = "loss (nats per predicted token)",
 ):
-    """Writes `loss_curve.json` and `loss_curve.png`.
+    """Write `loss_curve.json` and `loss_curve.png`.
 
     Args:
         log_history: of `TrainerState`.

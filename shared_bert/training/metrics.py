@@ -10,12 +10,12 @@ from ..modeling.losses import IGNORED
 
 
 def likeliest_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Reduces logits [batch, seq, vocabulary] to tokens [batch, seq] before they are gathered and kept."""
+    """Reduce logits [batch, seq, vocabulary] to tokens [batch, seq] before they are gathered and kept."""
     return logits.argmax(dim=-1)
 
 
 def accuracy_of(objective: str) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Makes the metric of masked ("mlm") or next ("clm") tokens: `accuracy`, over positions with a label."""
+    """Return the metric of masked ("mlm") or next ("clm") tokens: `accuracy` at positions with a label."""
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
         tokens, labels = prediction.predictions, prediction.label_ids

@@ -16,7 +16,7 @@ from .yaml_files import check_keys, load_mapping
 
 
 def config_fields(arguments: ConfigArguments) -> dict[str, Any]:
-    """Collects what is stated of the config: `model_type` and fields, overrides last.
+    """Return the stated fields of the config with its `model_type`, overrides last.
 
     Raises:
         ValueError: a model type that cannot be pre-trained, two that differ, or a field that its config lacks.
@@ -42,7 +42,7 @@ def config_fields(arguments: ConfigArguments) -> dict[str, Any]:
 def make_model(
     config: PreTrainedConfig, model_name_or_path: str | None = None, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Makes a new model of `config`, or loads a trained one, with its head and with float32 weights.
+    """Return a new model of `config`, or load a trained one, with its head and float32 weights.
 
     Raises:
         ValueError: the trained model lacks weights of this one, or has others.
@@ -63,7 +63,7 @@ def make_model(
 
 
 def restore_use_cache(config: PreTrainedConfig):
-    """Undoes what Trainer states of `use_cache` for training, in every config: where it is no field it goes."""
+    """Reset `use_cache`, which Trainer sets for training, in every config; remove it where it is not a field."""
     if "use_cache" in config.__dataclass_fields__:
         config.use_cache = True
     else:
@@ -71,7 +71,7 @@ def restore_use_cache(config: PreTrainedConfig):
 
 
 def fix_saved_coefficients(folder: Path):
-    """Replaces the networks that make the coefficients of a saved model, if it has any, by what they give."""
+    """Replace the networks that make the coefficients of a saved model, if any, by these."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "coefficient_source", "direct") == "direct":
         return

@@ -29,7 +29,7 @@ _TOKENIZER_KINDS = {"mlm": "wordpiece", "clm": "byte_bpe"}
 def pretrain(
     model_args: ModelArguments, data_args: DataArguments, training_args: PretrainingArguments
 ) -> dict[str, float]:
-    """Trains a masked or causal language model, as its type asks, and saves it with its tokenizer.
+    """Train a masked or causal language model, depending on its type, and save it with its tokenizer.
 
     `output_dir` gets the model, the tokenizer, the checkpoints, Trainer's metrics and state, `loss_curve.json` and
     `loss_curve.png`, and nothing before training starts. Several processes, on one machine or more, share that folder
@@ -158,7 +158,7 @@ def _check_arguments(
 
 
 def _fit_config(stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase, objective: str) -> PreTrainedConfig:
-    """Makes the config for a tokenizer: its special tokens and, where none is stated, its size up to a multiple of 64.
+    """Return the config for a tokenizer: its special tokens and, unless stated, its size up to a multiple of 64.
 
     Raises:
         ValueError: a tokenizer that lacks special tokens of `objective`, or has more tokens than the model.

@@ -21,7 +21,7 @@ _REPLACED_BY = {
 
 
 def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
-    """Reads `[RECIPE.yaml] [--option value ...]` into the arguments of `pretrain`.
+    """Read `[RECIPE.yaml] [--option value ...]` into the arguments of `pretrain`.
 
     Options override the recipe, and a source of text, a model or a tokenizer replaces the recipe's of another kind;
     only the `config_overrides` of both are merged. A `config_name` in the recipe is looked for in the current folder
@@ -63,7 +63,7 @@ def _option_name(argument: str) -> str:
 
 
 def _find_config(recipe: dict[str, Any], folder: Path):
-    """Makes a recipe's `config_name` a path that exists."""
+    """Resolve a recipe's `config_name` to a path that exists."""
     if name := recipe.get("config_name"):
         candidates = (Path(name), folder / name)
         found = [path for path in candidates if path.is_file()]

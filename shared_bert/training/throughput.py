@@ -10,18 +10,11 @@ from ..modeling.depth_sharing import DepthSharing
 from ..modeling.projections import SharedLinear
 
 # Dense bfloat16 FLOP/s from the data sheets; the first name that the device's contains counts.
-_DATASHEET = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
+_DATASHEET = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
 def training_flops_per_token(model: PreTrainedModel, sequence_length: int, predicted_share: float = 1.0) -> float:
-    """Counts the floating-point operations of one training step, per token of input.
+    """Return the floating-point operations of one training step, per token of input.
 
     A token takes B + p·H + 2·L·n·d multiply-adds forward: B the elements of the base model's matrices, H those of
     the head's, p the share of positions that the head predicts, and 2·n·d for the logits and the weighted sum of
@@ -50,7 +43,7 @@ def training_flops_per_token(model: PreTrainedModel, sequence_length: int, predi
 
 
 def peak_flops(device: torch.device) -> float:
-    """Returns the FLOP/s a device could do at best: its data sheet's, else those of one large product, measured."""
+    """Return the peak FLOP/s of a device: from its data sheet, else measured with one large product."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     for known, flops in _DATASHEET.items():
         if known in name:

@@ -10,7 +10,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads 1e-4 as a string, for want of a dot; here it is a number, as in YAML 1.2."""
+    """PyYAML reads 1e-4, which has no dot, as a string; here it is a number, as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -19,12 +19,12 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """Reads YAML, and so JSON, from a string."""
+    """Read YAML, and so JSON, from a string."""
     return yaml.load(text, _Loader)
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML or JSON file that holds one mapping.
+    """Read a YAML or JSON file that holds one mapping.
 
     Raises:
         ValueError: the file is missing, not YAML, or holds something else.
@@ -41,7 +41,7 @@ def load_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def check_keys(given: Iterable[str], valid: Collection[str], where: str):
-    """Refuses a key that is not valid.
+    """Raise a ValueError for a key that is not valid.
 
     Raises:
         ValueError: naming the key, the place it stands in and the nearest valid key.

@@ -40,7 +40,7 @@ HEADS = {
 SIZES = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
 # Tests that suppose what these models do not have.
 NOT_APPLICABLE = {
-    "test_tied_head_has_a_tp_plan_entry": "tensor parallelism leaves the embeddings whole, and the head tied to them",
+    "test_tied_head_has_a_tp_plan_entry": "tensor parallelism leaves the embeddings whole, and the head tied to them"
 }
 
 
@@ -95,10 +95,7 @@ def model_tests(kind: str, name: str) -> type:
 globals().update({f"Test_{kind}_{name}": model_tests(kind, name) for kind in BASES for name in MECHANISMS})
 
 
-@pytest.mark.skipif(
-    (upstream_folder() / "generation").exists(),
-    reason="they are there, and run by the classes above",
-)
+@pytest.mark.skipif((upstream_folder() / "generation").exists(), reason="they are there, and run by the classes above")
 def test_generation():
     pytest.skip("the tests of generation are in transformers' repository only, which could not be reached")
 

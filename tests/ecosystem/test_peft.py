@@ -100,10 +100,7 @@ def test_the_loss_sees_what_is_done_to_the_vocabulary_head(kind, way, input_ids)
     options = (
         {"target_modules": ["projection", head]}
         if way == "target_modules"
-        else {
-            "target_modules": ["projection"],
-            "modules_to_save": [head],
-        }
+        else {"target_modules": ["projection"], "modules_to_save": [head]}
     )
     config = peft.LoraConfig(r=4, init_lora_weights=False, **options)
     model = peft.get_peft_model(random_model(kind), config).train()

@@ -77,8 +77,7 @@ def test_token_classification(save, cls, fields):
 
 
 @pytest.mark.parametrize(
-    ("cls", "fields"),
-    [(shared_bert.SharedBertModel, BERT_FEATURES), (shared_bert.SharedGptModel, GPT_FEATURES)],
+    ("cls", "fields"), [(shared_bert.SharedBertModel, BERT_FEATURES), (shared_bert.SharedGptModel, GPT_FEATURES)]
 )
 def test_feature_extraction(save, cls, fields):
     model, tokenizer, folder = save(cls, **fields)

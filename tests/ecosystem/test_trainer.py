@@ -10,10 +10,7 @@ import shared_bert
 
 from ..conftest import tiny_model
 
-CLASSES = {
-    "bert": shared_bert.SharedBertForSequenceClassification,
-    "gpt": shared_bert.SharedGptForCausalLM,
-}
+CLASSES = {"bert": shared_bert.SharedBertForSequenceClassification, "gpt": shared_bert.SharedGptForCausalLM}
 pytest.importorskip("accelerate", reason="needs the package accelerate")
 
 

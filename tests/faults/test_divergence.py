@@ -44,27 +44,9 @@ def poison(monkeypatch):
     ("event", "step", "saved", "what", "at"),
     [
         # No step is logged: it is the checkpoint that is not written, or the end.
-        (
-            "on_step_begin",
-            4,
-            "checkpoint-3",
-            "the loss is",
-            5,
-        ),
-        (
-            "on_step_end",
-            6,
-            "checkpoint-3",
-            "the weights are",
-            6,
-        ),
-        (
-            "on_step_end",
-            7,
-            "checkpoint-6",
-            "the loss is",
-            8,
-        ),
+        ("on_step_begin", 4, "checkpoint-3", "the loss is", 5),
+        ("on_step_end", 6, "checkpoint-3", "the weights are", 6),
+        ("on_step_end", 7, "checkpoint-6", "the loss is", 8),
     ],
 )
 def test_a_run_stops_before_it_saves(tmp_path, poison, event, step, saved, what, at):

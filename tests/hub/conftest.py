@@ -15,10 +15,7 @@ from .hub_double import TOKEN, HubDouble
 
 ROOT = Path(__file__).parents[2]
 REPO = "somebody/model"
-CLASSES = {
-    "bert": ("AutoModelForMaskedLM", "BertTokenizer"),
-    "gpt": ("AutoModelForCausalLM", "GPT2Tokenizer"),
-}
+CLASSES = {"bert": ("AutoModelForMaskedLM", "BertTokenizer"), "gpt": ("AutoModelForCausalLM", "GPT2Tokenizer")}
 
 
 @pytest.fixture

@@ -176,9 +176,7 @@ def test_decay_spares_diagonals_biases_norms_and_coefficients(tmp_path, monkeypa
 
     plain_init = PretrainingTrainer.__init__
     monkeypatch.setattr(
-        PretrainingTrainer,
-        "__init__",
-        lambda self, **kwargs: plain_init(self, callbacks=[Groups()], **kwargs),
+        PretrainingTrainer, "__init__", lambda self, **kwargs: plain_init(self, callbacks=[Groups()], **kwargs)
     )
     run_here(tmp_path, max_steps=1, weight_decay=0.1, config_overrides=MASA | {"coefficient_source": source})
     assert all(parameter.ndim >= 2 for parameter in groups[0.1].values())
