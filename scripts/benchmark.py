@@ -1,10 +1,10 @@
-"""Measures this package beside stock transformers, and depth sharing beside its absence.
+"""Compare this package with stock transformers, and depth sharing with separate layers.
 
 python scripts/benchmark.py train                      # the table of the README, on this machine
 python scripts/benchmark.py train --task mlm --shapes 8x128 --scheme pairwise
 python scripts/benchmark.py train --device cuda --precision bf16 --compile
 python scripts/benchmark.py depth                      # what assembling the matrices of MASA adds to a step
-python scripts/benchmark.py decode                     # decoding with MASA beside matrices of each layer's own
+python scripts/benchmark.py decode                     # decoding with MASA and without
 """
 
 import argparse
@@ -116,19 +116,19 @@ def write(arguments: argparse.Namespace, rows: list[dict]):
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("train", help="a training step beside the stock model's of the same shape")
+    command = commands.add_parser("train", help="a training step, compared with the stock model of the same shape")
     command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
     command.add_argument("--scheme", choices=shared_bert.SCHEMES, help="default: shared (mlm), query_free (clm)")
     add_common_options(command, [(8, 128), (4, 512)])
     command.set_defaults(run=train, output=Path("runs/benchmark_train.json"))
-    command = commands.add_parser("depth", help="a training step beside that of layers with matrices of their own")
+    command = commands.add_parser("depth", help="a training step with depth sharing, compared with separate layers")
     command.add_argument("--task", choices=DEFAULT_SCHEMES, default="mlm")
     command.add_argument("--scheme", choices=shared_bert.SCHEMES, default="standard")
     masa = "depth_sharing=masa,num_atoms=4,depth_shared_matrices=qkvo,coefficient_source=network"
     command.add_argument("--sharing", default=masa, help="config fields of the sharing model: a=1,b=x; default: masa")
     add_common_options(command, [(8, 512), (32, 128)])
     command.set_defaults(run=depth, output=Path("runs/benchmark_depth.json"))
-    command = commands.add_parser("decode", help="decoding beside that of layers with matrices of their own")
+    command = commands.add_parser("decode", help="decoding with depth sharing, compared with separate layers")
     command.add_argument("--scheme", choices=shared_bert.SCHEMES, default="standard")
     masa = "depth_sharing=masa,num_atoms=3,depth_shared_matrices=qkvo"
     command.add_argument("--sharing", default=masa, help="config fields of the sharing model: a=1,b=x; default: masa")

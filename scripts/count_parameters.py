@@ -1,4 +1,4 @@
-"""Counts a model's parameters beside those of standard attention.
+"""Count a model's parameters, next to those of standard attention.
 
 python scripts/count_parameters.py configs/models/shared_bert_base.yaml
 python scripts/count_parameters.py configs/models/shared_bert_base.yaml --config_overrides attention_scheme=pairwise

@@ -32,7 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]):
     parsed = parse(arguments)
     if not Path(parsed.checkpoint).is_dir():
-        raise ValueError(f"{parsed.checkpoint} is no folder: name a run, a checkpoint or a saved model")
+        raise ValueError(f"{parsed.checkpoint} is not a folder: name a run, a checkpoint or a saved model")
     model = load_model(parsed.checkpoint, STOCK_CLASSES)
     load_tokenizer(parsed.checkpoint)  # there must be one
     commit = model.push_to_hub(

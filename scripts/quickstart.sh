@@ -9,7 +9,7 @@ for model in shared_bert shared_gpt; do
     output=$runs/$model
     echo
     if [ -f "$output/loss_curve.png" ]; then
-        echo "== $output holds a trained model: it is reused (delete the folder to train anew)"
+        echo "== $output holds a trained model: it is reused (delete the folder to train again)"
         continue
     fi
     start=(--overwrite_output_dir)
@@ -27,5 +27,5 @@ python scripts/try_model.py "$runs/shared_bert" \
 python scripts/try_model.py "$runs/shared_gpt" "Return the" "Parameters"
 
 echo
-echo "== Done. Loss curves beside the corpus' unigram entropy: $runs/*/loss_curve.png (numbers: loss_curve.json)"
+echo "== Done. Loss curves with the unigram entropy of the corpus: $runs/*/loss_curve.png (numbers: loss_curve.json)"
 echo "== Next: source .venv/bin/activate, and pre-train on your own text as the README shows"

@@ -25,7 +25,7 @@ def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> P
 
     Raises:
         ValueError: that class is none of `classes`, or weights are missing or damaged.
-        OSError: there is no such model.
+        OSError: the model does not exist.
     """
     try:
         model, info = _load(name_or_path, {cls.__name__: cls for cls in classes})

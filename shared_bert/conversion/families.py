@@ -1,4 +1,4 @@
-"""The families of models that this package has, and the stock models they stand beside: one record each.
+"""The families of models and their stock counterparts, one record each.
 
 A new family is a model file in `modeling` and a record here.
 """
@@ -13,7 +13,7 @@ from .. import modeling
 from ..modeling import SharedAttentionConfig
 
 AUTO_CLASSES = {"mlm": transformers.AutoModelForMaskedLM, "clm": transformers.AutoModelForCausalLM}
-# Config fields that both sides of every family have under the same name.
+# Config fields of the same name in ours and in stock, in every family.
 _COMMON_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
     "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id",
@@ -23,20 +23,21 @@ _COMMON_FIELDS = (
 
 @dataclass(frozen=True)
 class Family:
-    """What corresponds to what.
+    """What corresponds to what in the models of this package ("ours") and in stock ones.
 
     Args:
         description: for a model card.
         config, stock_config: the config classes.
         tokenizer: the stock tokenizer.
-        classes: the stock class of each of ours, by head.
-        objective: what the language model is trained to do: "mlm" (masked tokens) or "clm" (the next token).
+        classes: the stock class of each of ours, one pair per head.
+        objective: what the language model predicts: "mlm" (masked tokens) or "clm" (the next token).
         language_model: the class of ours with a head over the vocabulary.
         vocabulary_head: the path of that head in the language model.
-        final_norm: the path, in the base model, of the norm that only the last hidden state has passed; or None.
+        final_norm: the path, in the base model, of the norm after the last layer only; None if there is none.
         fields: stock names of config fields, by ours; the first of several is read and all are written.
         standard: fields of ours that make a ``standard`` config stock.
         other_names: stock names of tensors outside the layers, by ours.
+        choice_models: the classes of ours that read several texts per row, [batch, choices, seq].
     """
 
     description: str
@@ -51,6 +52,7 @@ class Family:
     fields: dict[str, tuple[str, ...]]
     standard: dict[str, object]
     other_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    choice_models: tuple[type[PreTrainedModel], ...] = ()
 
     def to_stock_config(self, config: SharedAttentionConfig) -> PreTrainedConfig:
         """Return the stock config of the same shape."""
@@ -72,11 +74,11 @@ class Family:
         return isinstance(model, self.language_model)
 
     def predict(self, model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the logits that a language model's head gives for [..., hidden] of the last layer."""
+        """Return the logits of a language model's head for [..., hidden] of the last layer."""
         return model.get_submodule(self.vocabulary_head)(hidden_states)
 
     def normed(self, model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return [..., hidden] of an inner layer as the head would be given them."""
+        """Return [..., hidden] of an inner layer, normed as the head's inputs are."""
         if self.final_norm is None:
             return hidden_states
         return model.base_model.get_submodule(self.final_norm)(hidden_states)
@@ -88,7 +90,7 @@ SHARED_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}  # by th
 
 
 def register(family: Family):
-    """Make a family known: to conversion, training and cards, and to the Auto classes of transformers."""
+    """Add a family to this package's tables and to the Auto classes of transformers."""
     config = family.config
     FAMILIES[config.model_type] = family
     STOCK_CLASSES.update(family.classes)
@@ -101,7 +103,7 @@ def register(family: Family):
     for auto_name, name in config.auto_classes.items():
         auto = getattr(transformers, auto_name)
         auto.register(config, by_name[name], exist_ok=True)
-        # Trainer, for one, tells by these names which labels to shift.
+        # An internal name: Trainer looks up here by name which labels to shift, and `register` fills another table.
         auto._model_mapping._model_mapping.setdefault(config.model_type, name)
         by_name[name].register_for_auto_class(auto_name)
 
@@ -110,7 +112,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     """Return the family of a config, ours or stock.
 
     Raises:
-        ValueError: it is of none.
+        ValueError: it belongs to no family.
     """
     for family in FAMILIES.values():
         if config.model_type in (family.config.model_type, family.stock_config.model_type):
@@ -141,6 +143,7 @@ register(
         fields={name: (name,) for name in (*_SAME, "type_vocab_size")},
         standard={},
         other_names={"cls.predictions.decoder.bias": ("cls.predictions.decoder.bias", "cls.predictions.bias")},
+        choice_models=(modeling.SharedBertForMultipleChoice,),
     )
 )
 register(

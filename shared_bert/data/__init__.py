@@ -1,4 +1,4 @@
-"""Text in, token blocks out: sources, tokenizers, packing, collation."""
+"""From text to batches: sources, tokenizers, packing, collation."""
 
 from .blocks import Blocks, CorpusStatistics, StreamedBlocks, corpus_statistics
 from .collation import CausalLanguageModelingCollator, MaskedLanguageModelingCollator, collate_blocks

@@ -1,4 +1,4 @@
-"""Packed blocks as torch data sets, and what they hold."""
+"""Packed blocks as torch data sets, and their statistics."""
 
 import math
 from collections.abc import Iterator
@@ -40,9 +40,9 @@ class Blocks(torch.utils.data.Dataset):
 
 
 class StreamedBlocks(torch.utils.data.IterableDataset):
-    """As `Blocks`, for what `pack` makes of a stream; `index` counts from 0 in every epoch.
+    """Like `Blocks`, for a stream that `pack` returned; `index` counts from 0 in every epoch.
 
-    At most one DataLoader worker can read it: several would number different blocks alike.
+    Only one DataLoader worker can read it: several would give different blocks the same index.
     """
 
     def __init__(self, dataset: IterableDataset, epoch: int = 0):
@@ -63,13 +63,13 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """What a packed corpus holds.
+    """Statistics of a packed corpus.
 
     Attributes:
         num_blocks: blocks.
         num_tokens: tokens, special ones included, padding not.
-        unigram_entropy: nats per token of the distribution of the tokens that are not special: the loss of
-            the best predictor that ignores context, and so the loss that training must get below.
+        unigram_entropy: of the distribution of the tokens that are not special, in nats: the loss of the best
+            predictor that ignores context, which training must get below.
     """
 
     num_blocks: int
@@ -78,7 +78,7 @@ class CorpusStatistics:
 
 
 def corpus_statistics(blocks: Dataset, special_ids: list[int]) -> CorpusStatistics:
-    """Count the tokens of packed blocks (what `pack` gives for a `Dataset`)."""
+    """Return the statistics of packed blocks (the result of `pack` for a `Dataset`)."""
     counts = np.zeros(max(special_ids, default=0) + 1, dtype=np.int64)
     for batch in blocks.with_format("numpy").iter(BLOCKS_PER_BATCH):
         more = np.bincount(batch["input_ids"][batch["document_ids"] != PADDING], minlength=len(counts))

@@ -1,7 +1,7 @@
-"""Documents to blocks of equal length, without a token lost.
+"""Packing documents into blocks of equal length, without losing a token.
 
-Documents fill block after block. Where one crosses the end of a block, the rest opens the next block as a
-segment of its own; `document_ids` number the segments of a block, so that attention can keep them apart.
+Documents fill block after block. If one crosses the end of a block, the rest starts the next block as a segment
+of its own; `document_ids` number the segments of a block, so that attention can keep them apart.
 BERT's segments are each wrapped in [CLS] … [SEP]; GPT's documents each end in <|endoftext|>.
 """
 
@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from .arrow_cache import cached_dataset
 from .tokenizers import TEXTS_PER_BATCH, encodable
 
-PACKING_VERSION = 1  # raise it with every change to the blocks that the same text gives
+PACKING_VERSION = 1  # increase it with every change to the blocks of the same text
 MIN_BLOCK_SIZE = 8
 BLOCKS_PER_BATCH = 1000
-PIECE_CHARACTERS = 100_000  # a tokenizer's working memory is many times its text, so long texts go in pieces
+PIECE_CHARACTERS = 100_000  # long texts are tokenized in pieces, since a tokenizer's memory is many times its text
 PIECES_PER_CALL = 64
-WORD_END = re.compile(r"(?<=\S)(?=[ \n\t])")  # no word of any tokenizer here reaches across such a place
+WORD_END = re.compile(r"(?<=\S)(?=[ \n\t])")  # no tokenizer here has a word across such a place
 PADDING = -1  # the document id of padding
 
 Wrapping = tuple[list[int], list[int]]  # token ids before and after
@@ -42,7 +42,7 @@ def pack(
 
     Args:
         documents: rows with a `text`.
-        tokenizer: one with [CLS] and [SEP] wraps every segment in them; another ends every document with its
+        tokenizer: with [CLS] and [SEP], they wrap every segment; otherwise every document ends with the
             end-of-text token.
         block_size: tokens per block, at least 8.
         separate_documents: number the segments, wrap the two parts of a cut document each, and pad where no
@@ -55,8 +55,8 @@ def pack(
         `Dataset` is tokenised and packed once and cached; an `IterableDataset` is packed while it is read.
 
     Raises:
-        ValueError: for a block too small, a tokenizer without the tokens needed, or (when a stream is read:
-            then) for a corpus that does not fill one block.
+        ValueError: for a block size that is too small, a tokenizer without the tokens needed, or a corpus that does
+            not fill one block (for a stream, when it is read).
     """
     if block_size < MIN_BLOCK_SIZE:
         raise ValueError(f"block_size must be at least {MIN_BLOCK_SIZE} tokens, not {block_size}")
@@ -118,7 +118,7 @@ def _serialized(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, which packing needs")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({**state, "padding": None, "truncation": None})  # these change with every call
+    return json.dumps({**state, "padding": None, "truncation": None})  # they change with every call
 
 
 def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, wrapping: Wrapping) -> dict[str, list]:
@@ -128,7 +128,8 @@ def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, wrappi
     documents = []
     for count in map(len, pieces):
         text_tokens = list(chain.from_iterable(islice(tokens, count)))
-        documents.append(np.array(text_tokens and [*before, *text_tokens, *after], dtype=np.int32))
+        wrapped = [*before, *text_tokens, *after] if text_tokens else []
+        documents.append(np.array(wrapped, dtype=np.int32))
     return {"tokens": documents}
 
 
@@ -137,7 +138,7 @@ def _cut_at_words(text: str) -> list[str]:
     while len(text) - start > PIECE_CHARACTERS:
         earliest, latest = start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS
         cut = WORD_END.search(text, earliest, latest)
-        end = cut.start() if cut else latest  # what goes on for so long is no word
+        end = cut.start() if cut else latest  # nothing this long is a word
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
@@ -148,7 +149,7 @@ def _piece_tokens(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> Iter
         yield from tokenizer(
             pieces[start : start + PIECES_PER_CALL],
             add_special_tokens=False,
-            split_special_tokens=True,  # a text that mentions "[SEP]" has no end there
+            split_special_tokens=True,  # a "[SEP]" in a text is ordinary text
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
@@ -183,9 +184,10 @@ def _fill_blocks(
             document_ids[used : used + len(wrapped)] = segment
             start += room
             used += len(wrapped)
-            segment += separate_documents
+            if separate_documents:
+                segment += 1
     if num_blocks == 0 and used < block_size:
-        raise ValueError(f"the corpus holds {used} tokens, which do not fill one block of {block_size}")
+        raise ValueError(f"the corpus has {used} tokens, which do not fill one block of {block_size}")
     if used == block_size or (used and separate_documents):
         yield input_ids, document_ids
 

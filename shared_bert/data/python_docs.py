@@ -1,6 +1,6 @@
-"""The built-in corpus `python-docs`: the docstrings that every installation already carries.
+"""The built-in corpus `python-docs`: the docstrings of the installed Python libraries.
 
-The files are parsed, never imported, so that no library runs or need even work.
+The files are parsed, never imported: no library's code runs.
 """
 
 import ast
@@ -21,7 +21,7 @@ from datasets.fingerprint import Hasher
 
 from .arrow_cache import cached_dataset
 
-READER_VERSION = 1  # raise it with every change to what this file reads: cached corpora are then made anew
+READER_VERSION = 1  # increase it with every change to what is read: cached corpora are then written again
 STANDARD_LIBRARY = "python"
 LIBRARIES = {  # import name: name of the distribution
     "torch": "torch",
@@ -46,8 +46,8 @@ def load_python_docs(num_proc: int | None = None) -> Dataset:
     """Load the docstrings of the standard library and of the well-known libraries that are installed.
 
     Args:
-        num_proc: processes that parse; by default one per CPU core. They matter only the first time: the
-            corpus is cached until a library's version changes.
+        num_proc: processes that parse; by default one per CPU core. The corpus is cached until a library's
+            version changes.
 
     Returns:
         One row per docstring of a module, class or function: `text`, cleaned by `inspect.cleandoc`, and
@@ -74,7 +74,7 @@ def _tables(libraries: list[str], num_proc: int) -> Iterator[pa.Table]:
     read = Dataset.from_dict({"label": labels, "path": paths}).map(
         _read_batch, batched=True, remove_columns="path", num_proc=num_proc, desc="Reading docstrings"
     )
-    first_labels = {}  # of equal docstrings the first library's stays
+    first_labels = {}  # the first library keeps a docstring that others repeat
     for text, label in zip(read["text"], read["label"], strict=True):
         first_labels.setdefault(text, label)
     yield pa.table({"text": list(first_labels), "label": list(first_labels.values())})
@@ -94,7 +94,7 @@ def _python_files(library: str) -> list[str]:
 
 
 def _read_batch(batch: dict[str, list]) -> dict[str, list]:
-    gc.disable()  # a syntax tree is many objects and no garbage: looking for some takes half of the time
+    gc.disable()  # a syntax tree is many objects and no garbage: collection would take half of the time
     try:
         rows = [
             (text, label)

@@ -1,4 +1,4 @@
-"""A little text, as batches, to measure a model on."""
+"""Batches of calibration text."""
 
 from itertools import islice
 
@@ -19,8 +19,8 @@ def calibration_batches(
 
     Args:
         documents: rows with a `text`.
-        num_tokens: tokens, special ones and padding included, up to a multiple of `block_size`; fewer where the
-            documents end.
+        num_tokens: tokens, including special ones and padding, rounded up to a multiple of `block_size`; fewer if the
+            documents have fewer.
         block_size: tokens per row.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Where text comes from: the Hub, local files, or the documentation that is installed anyway."""
+"""Sources of text: the Hub, local files, or the installed documentation."""
 
 import json
 from collections.abc import Sequence
@@ -40,17 +40,17 @@ def load_documents(
 
     Args:
         dataset_name: a data set's name on the Hub, a local folder that `datasets.load_dataset` reads, or
-            "python-docs" (which has a `label` besides). Give this or `train_file`.
+            "python-docs" (which also has a `label`). Give this or `train_file`.
         dataset_config_name: the configuration of the Hub's data set.
         train_file, validation_file: a path, a list of paths, a glob pattern or a folder: .txt, .parquet, or
-            .json and .jsonl with one object a line or one list of objects.
+            .json and .jsonl with one object per line or one list of objects.
         text_column: the column of the source that holds the text.
-        sample_by: what a document is in a .txt file: "document" (the whole file), "paragraph" or "line".
-        streaming: read while iterating, instead of into the cache beforehand.
-        validation_split: the share of the train documents that is split off where the source has no
-            validation split. A hash of the text decides, so the order and number of documents do not matter.
-        max_train_samples, max_eval_samples: keep the first so many documents.
-        seed: another seed splits off other documents.
+        sample_by: the documents of a .txt file: "document" (the whole file), "paragraph" or "line".
+        streaming: read while iterating, instead of into the cache first.
+        validation_split: the share of the train documents that is split off if the source has no validation
+            split. A hash of the text decides, so the order and number of documents do not matter.
+        max_train_samples, max_eval_samples: keep this many documents, the first ones.
+        seed: of the validation split.
 
     Raises:
         ValueError: for contradictory arguments, unreadable or mixed files and missing text columns.
@@ -112,7 +112,7 @@ def _load_files(patterns: Files, text_column: str, sample_by: str, streaming: bo
     options = {"sample_by": sample_by} if kind == "text" else {}
     names = [str(file) for file in files]
     try:
-        # load_dataset takes names for patterns.
+        # load_dataset reads names as patterns.
         dataset = load_dataset(kind, data_files=[*map(escape, names)], split="train", streaming=streaming, **options)
     except DatasetGenerationError as error:
         raise ValueError(f"cannot read {', '.join(names)}: {error.__cause__ or error}") from error
@@ -137,7 +137,7 @@ def _find_files(patterns: Sequence[str | Path]) -> list[Path]:
 
 
 def _check_file(file: Path, text_column: str) -> None:
-    """Read enough of a file to name it in the error that the loader would raise without a name."""
+    """Read enough of a file to raise the loader's error with the file's name."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty")
     try:
@@ -183,7 +183,7 @@ def _hash(text: str | None, seed: int) -> float:
 def _split(dataset: Dataset, share: float, seed: int) -> dict[str, Dataset]:
     if len(dataset) < 2:
         raise ValueError(
-            f"the train split is {len(dataset)} document(s), too few to split a validation split off: give a "
+            f"the train split is {len(dataset)} document(s), too few for a validation split: give a "
             "validation_file, or for .txt files sample_by='paragraph' or 'line'"
         )
     hashes = np.array([_hash(text, seed) for text in dataset["text"]])

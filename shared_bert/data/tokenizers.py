@@ -1,7 +1,7 @@
-"""Tokenizers: train one on a corpus, load one, check that one serves an objective.
+"""Tokenizers: training, loading, and the check for an objective.
 
-A trained tokenizer is a stock `BertTokenizer` or `GPT2Tokenizer`, trained behind the very normaliser and
-pre-tokeniser that it runs with, so that everybody can load it and no code of this package goes with it.
+A trained tokenizer is a stock `BertTokenizer` or `GPT2Tokenizer`, trained with its own normaliser and pre-tokeniser,
+so that it loads without this package.
 """
 
 import re
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrained
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 END_OF_TEXT = "<|endoftext|>"
 NEEDED_TOKENS = {"mlm": ["pad_token", "cls_token", "sep_token", "mask_token"], "clm": ["pad_token", "eos_token"]}
-MAX_ALPHABET = 1000  # characters of a WordPiece vocabulary; the rarer ones become [UNK], as in BERT
+MAX_ALPHABET = 1000  # characters of a WordPiece vocabulary; rarer ones become [UNK], as in BERT
 TEXTS_PER_BATCH = 1000
 ENDLESS_WORD = re.compile(r"\S{1000}")
 NO_TEXT = "the corpus holds no text to train a tokenizer on"
@@ -24,13 +24,13 @@ NO_TEXT = "the corpus holds no text to train a tokenizer on"
 def train_tokenizer(
     kind: str, documents: Dataset | IterableDataset, vocab_size: int, model_max_length: int, lowercase: bool = True
 ) -> PreTrainedTokenizerBase:
-    """Train a tokenizer. The same documents give the same vocabulary, on every run.
+    """Train a tokenizer. The same documents always give the same vocabulary.
 
     Args:
         kind: `"wordpiece"` gives a `BertTokenizer` ([PAD] is id 0), `"byte_bpe"` a `GPT2Tokenizer`, whose
             `<|endoftext|>` (id 0) begins, ends and pads.
-        documents: rows with a `text`, such as `load_documents` gives.
-        vocab_size: tokens at most, special ones included; a small corpus gives fewer.
+        documents: rows with a `text`, for example from `load_documents`.
+        vocab_size: the most tokens, including special ones; a small corpus gives fewer.
         model_max_length: tokens of the longest sequence that the model takes.
         lowercase: lower-case the text and strip accents (WordPiece only).
 
@@ -53,7 +53,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        if len(tokenizer) == len(tokenizer.all_special_ids):  # what a folder without vocabulary may give
+        if len(tokenizer) == len(tokenizer.all_special_ids):  # as for a folder without a vocabulary
             raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -77,22 +77,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
 def text_batches(documents: Dataset | IterableDataset) -> Iterator[list[str]]:
     """Yield the documents' texts in lists of at most 1000, without characters that a tokenizer rejects.
 
-    Training takes the square of a word's length, so what goes on for 1000 characters is broken into several.
+    The time of training grows with the square of a word's length, so words of 1000 characters are split.
     """
     for batch in documents.iter(TEXTS_PER_BATCH):
         yield [ENDLESS_WORD.sub(r"\g<0> ", encodable(text)) for text in batch["text"]]
 
 
 def encodable(text: str | None) -> str:
-    """`text` with lone surrogates, which no tokenizer takes, as question marks; nothing for None."""
+    """Return `text` with question marks for lone surrogates, which no tokenizer accepts; "" for None."""
     return (text or "").encode("utf-8", "replace").decode()
 
 
 def _train_wordpiece(documents, vocab_size, model_max_length, lowercase):
     backend = BertTokenizer(do_lower_case=lowercase).backend_tokenizer
     alphabet = _frequent_characters(documents, backend.normalizer)
-    # Left to itself, the trainer numbers the continued characters in the random order of a hash map, which
-    # decides ties between merges. Handed over as special tokens they have their places beforehand.
+    # The trainer would number the continued characters in the random order of a hash map, which decides ties
+    # between merges. As special tokens they have fixed numbers.
     given_tokens = BERT_SPECIAL_TOKENS + ["##" + c for c in alphabet if _continues_words(c, backend)]
     _check_vocab_size(vocab_size, len(given_tokens) + len(alphabet))
     trainer = trainers.WordPieceTrainer(
@@ -130,7 +130,7 @@ def _frequent_characters(documents, normalizer) -> list[str]:
 
 
 def _continues_words(character: str, backend: Tokenizer) -> bool:
-    """False for what the pre-tokeniser makes a word of its own: punctuation and CJK characters."""
+    """Return False for characters that are words of their own: punctuation and CJK."""
     normalized = backend.normalizer.normalize_str("a" + character)
     return len(backend.pre_tokenizer.pre_tokenize_str(normalized)) == 1
 

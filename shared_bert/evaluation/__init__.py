@@ -1,20 +1,11 @@
-"""Measurements: what a model costs, and what it is worth."""
+"""Measurements: a model's cost, speed and quality."""
 
-from .efficiency import (
-    Decoding,
-    StepSettings,
-    TrainingStep,
-    compare_decoding,
-    compare_training_steps,
-    environment,
-    peak_memory,
-)
+from .efficiency import StepSettings, TrainingStep, compare_decoding, compare_training_steps, environment, peak_memory
 from .parameters import Cost, cost_table, load_config, model_cost
 from .sentence_similarity import sentence_embeddings, similarity_spearman
 
 __all__ = [
     "Cost",
-    "Decoding",
     "StepSettings",
     "TrainingStep",
     "compare_decoding",

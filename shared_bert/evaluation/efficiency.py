@@ -1,7 +1,7 @@
-"""Speed and memory of a training step, and speed of decoding, beside that of another model of the same shape.
+"""Speed and memory of a training step, and speed of decoding, next to another model of the same shape.
 
-Machines are shared and noisy, so the two models take turns, step by step, and the ratio of their median times is
-what counts. A step is forward, backward and an AdamW update on the same random batch.
+Machines are shared and noisy, so the two models take turns, step by step, and the result is the ratio of their
+median times. A step is forward, backward and an AdamW update on the same random batch.
 """
 
 import multiprocessing
@@ -28,12 +28,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a measured step runs on.
+    """Settings of a measured step.
 
     Args:
         task: "mlm" (BERT-base shape) or "clm" (GPT-2-small shape).
         batch_size, sequence_length: tokens per step are their product.
-        attention_scheme: of this package's model; None is the stock one.
+        attention_scheme: of this package's model; None takes the stock model.
         precision: "fp32" or "bf16" (autocast).
         compiled: whether the model goes through `torch.compile`.
         device: "cpu" or "cuda".
@@ -71,7 +71,7 @@ class TrainingStep:
 
 
 class Decoding:
-    """A model and a prompt; a call continues it greedily by `new_tokens` tokens.
+    """A model and a prompt; a call continues the prompt greedily by `new_tokens` tokens.
 
     Args:
         settings: of the "clm" task, in fp32; the sequence is the prompt.
@@ -90,7 +90,7 @@ class Decoding:
 def _model(settings: StepSettings) -> PreTrainedModel:
     torch.manual_seed(0)
     family = next(family for family in FAMILIES.values() if family.objective == settings.task)
-    # The stock model's own shape, biases and activation: what differs is the attention.
+    # The stock model's own shape, biases and activation: only attention differs.
     like_stock = family.from_stock_config(family.stock_config())
     fields = {"attention_scheme": settings.attention_scheme or "standard", **_FIELDS[settings.task]}
     config = like_stock.with_attention(**fields | dict(settings.model_fields))
@@ -129,7 +129,7 @@ def _peak_memory_here(settings: StepSettings) -> int:
 
 
 def _resident_peak() -> int:
-    # getrusage would count the parent's peak too, which Linux hands on to a new process.
+    # getrusage would include the parent's peak, which a new process inherits on Linux.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
 
@@ -138,7 +138,7 @@ def compare_training_steps(compared: dict[str, StepSettings], rounds: int = 9, w
     """Time two models in turns, on batches of the same shape.
 
     Args:
-        compared: the settings of both, under names of your choice; the first is what the second is measured against.
+        compared: the settings of both by name; the second is compared with the first.
 
     Returns:
         By these names the settings, median seconds per step, tokens per second and peak memory in bytes; in addition
@@ -179,7 +179,7 @@ def compare_decoding(compared: dict[str, StepSettings], new_tokens: int, rounds:
 
 
 def _take_turns(jobs: dict[str, Callable], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Return the seconds of each job in every round. A job waits for the device before it returns."""
+    """Return the seconds of each job in every round. A job must wait for the device."""
     times = {name: [] for name in jobs}
     for round_ in range(warmup + rounds):
         for name, job in jobs.items():

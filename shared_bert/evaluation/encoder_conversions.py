@@ -1,4 +1,4 @@
-"""What conversions lose: a sentence encoder under every scheme and depth sharing, measured on sentence similarity."""
+"""What conversions lose: a sentence encoder under every scheme and depth sharing, on sentence similarity."""
 
 import json
 import tempfile
@@ -47,7 +47,7 @@ class EncoderConversions:
 
     Args:
         original: a base model that embeds sentences.
-        pairs, scores: of sentences, and how similar they are (STS-B).
+        pairs, scores: of sentences, and their similarity (STS-B).
         text: to calibrate and heal on: a file, or the name of a data set.
         heal_steps: steps of healing; by default 900 for ``masa`` with 3 atoms, else 90.
     """
@@ -70,7 +70,7 @@ class EncoderConversions:
     def run(self, output: Path, names: Iterable[str] | None = None):
         """Measure the rows `names` (all by default), and write the table to `output`.json and `output`.md.
 
-        Rows that the JSON file has already are kept, so that a run which was stopped can be continued.
+        Rows in an existing JSON file are kept, so that an interrupted run can be continued.
         """
         options = conversions(self.original.config.num_hidden_layers)
         path = output.with_suffix(".json")
@@ -93,7 +93,7 @@ class EncoderConversions:
     def measure(self, name: str, options: dict, spearman_of_original: float) -> dict:
         """Convert with and without alignment and text, and heal the conversion that was fitted to text."""
         row = {"options": options, "spearman": {}}
-        # Without text nothing shows where the layers drift, and all ranks are alike.
+        # Both options need text.
         textless = {k: value for k, value in options.items() if k not in ("spread_rank", "dictionary_groups")}
         if "depth_sharing" in options and "rank" not in options:
             unaligned, _ = from_stock(self.original, align=False, **textless)

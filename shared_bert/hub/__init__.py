@@ -1,4 +1,4 @@
-"""Models on the Hub: pushes with code, tokenizer and card."""
+"""Pushing models to the Hub with code, tokenizer and card."""
 
 from .cards import model_card
 from .checkpoint_pushes import CheckpointPushes

@@ -1,4 +1,4 @@
-"""Model cards: what a checkpoint is, what it saves, what it was trained on and how it did, from its own files."""
+"""Model cards, written from a checkpoint's own files: what it shares, its training and its results."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..conversion.families import STOCK_CLASSES, family_of
 from ..conversion.report import attention_parameters
 
-# A card that says so is replaced by the next push; one without is somebody's own, and stays.
-MARK = "Written by shared_bert. The next push writes it anew, unless this line is taken out."
-# What a head is for: the Hub's name of the task, and what to do with it.
+# A card with this line is replaced by the next push; one without it is the user's own, and stays.
+MARK = "Written by shared_bert. The next push"
+# By head: the Hub's name of the task, and the intended use.
 _HEADS = {
     "ForMaskedLM": ("fill-mask", "Filling in masked tokens, and fine-tuning on other tasks."),
-    "ForCausalLM": ("text-generation", "Going on with a text, and fine-tuning."),
+    "ForCausalLM": ("text-generation", "Continuing a text, and fine-tuning."),
     "ForSequenceClassification": ("text-classification", "Classifying or scoring whole texts or pairs."),
     "ForTokenClassification": ("token-classification", "Classifying each token."),
     "ForQuestionAnswering": ("question-answering", "Marking the answer to a question in a text."),
@@ -26,14 +26,14 @@ _HEADS = {
     "Model": ("feature-extraction", "Hidden states as features, and fine-tuning with a head."),
 }
 _DEPTH = {
-    "none": "Each layer has matrices of its own.",
+    "none": "Each layer has its own matrices.",
     "masa": "The {matrices} matrices of all {layers} layers are mixtures of {config.num_atoms} atoms per matrix "
     "([MASA](https://arxiv.org/abs/2508.04581)).",
     "sequential": "Neighbouring layers share their {matrices} matrices, in {config.num_groups} groups.",
     "repeat_all_over": "A stack of {config.num_groups} layers' {matrices} matrices is repeated over the depth.",
-    "low_rank": "The {matrices} matrices are products of two factors of a low rank.",
+    "low_rank": "The {matrices} matrices are products of two low-rank factors.",
 }
-# Endings of what `Trainer` reports besides results.
+# Endings of `Trainer`'s metrics that are not results.
 _NO_RESULTS = ("_time", "_runtime", "_samples", "_per_second")
 _RESULT_NAMES = {
     ("pre-training", "loss"): "loss (nats per predicted token)",
@@ -54,12 +54,12 @@ def model_card(
     """Return the card of a model of this package.
 
     Args:
-        model_class: one of `STOCK_CLASSES`, or a class built on one, which the card then describes.
-        run_folder: the folder of the run or checkpoint, whose files say what it was trained on and how it did.
+        model_class: one of `STOCK_CLASSES`, or a class built on one, which is described as that one.
+        run_folder: the folder of the run or checkpoint, whose files record its training and its results.
         revision: the branch that the model is pushed to, for the example code.
         as_stock: the model is pushed as the stock model that `to_stock` makes of it.
         has_tokenizer: whether a tokenizer is pushed with it.
-        tags: besides the package's own.
+        tags: in addition to the package's own.
     """
     known = next(cls for cls in model_class.__mro__ if cls in STOCK_CLASSES)
     stock = STOCK_CLASSES[known].__name__
@@ -68,14 +68,13 @@ def model_card(
     auto = next(auto for auto, cls in config.auto_classes.items() if cls == known.__name__)
     run = _Run(run_folder)
     name = repo_id.split("/")[-1]
-    # What healing minimises is no loss of the task.
+    # Healing minimises a distance from the original, not a loss of the task.
     indexed = {} if run.kind == "healing" else {m: v for m, v in run.results.items() if math.isfinite(v)}
     results = [EvalResult(task or head, run.data_id, run.data_id, *result) for result in indexed.items()]
-    sharing = [config.depth_sharing] * (config.depth_sharing != "none")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        tags=["shared_bert", config.attention_scheme, *sharing, *(tags or [])],
+        tags=["shared_bert", *config.sharing_names, *(tags or [])],
         datasets=[run.dataset] if run.dataset else None,
         metrics=list(indexed) or None,
         model_name=name,
@@ -131,12 +130,12 @@ def _sharing(config: PreTrainedConfig) -> str:
     matrices = "query, key, value and output" if config.depth_shared_matrices == "qkvo" else "query, key and value"
     depth = _DEPTH[config.depth_sharing].format(config=config, layers=config.num_hidden_layers, matrices=matrices)
     if config.depth_sharing not in ("none", "low_rank") and (config.rank or config.layer_ranks):
-        depth += " Each layer adds a matrix of a low rank of its own."
+        depth += " Each layer adds a low-rank matrix of its own."
     return f"In each layer {'; '.join(parts)}. {depth}"
 
 
 def _savings(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> list[dict[str, Any]]:
-    # The networks that make coefficients while training are replaced by the coefficients.
+    # A coefficient network counts as the coefficients that replace it after training.
     config = type(config).from_dict({**config.to_dict(), "coefficient_source": "direct"})
     with torch.device("meta"):
         own, standard = model_class(config), model_class(config.with_attention())
@@ -154,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds one mapping.
 
     Raises:
-        ValueError: naming the file, where it holds anything else or was cut off.
+        ValueError: naming a file that holds anything else or is damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -166,19 +165,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class _Run:
-    """What the files of a run, a conversion or a checkpoint say of it; empty where there are none.
+    """The records in the files of a run, a conversion or a checkpoint; empty without files.
 
     Attributes:
-        kind: "pre-training", "healing", or None where it is not known.
+        kind: "pre-training", "healing", or None if it is not known.
         dataset: the data set's name on the Hub, if it has one.
-        data_id, data: of what the results are about, for machines and for people.
-        training: lines on data and budget.
+        data_id, data: the name of the evaluated text, for metadata and for the card's text.
+        training: lines about data and budget.
         results: metrics of the last evaluation by name.
     """
 
     def __init__(self, folder: str | Path | None):
         at = folder and Path(folder).absolute()
-        # A checkpoint lies in the folder of its run.
+        # A checkpoint is in the folder of its run.
         of_run = at and (at.parent if at.name.startswith("checkpoint-") else at)
         run = self._read(of_run, "run.json")
         run = run if run.keys() >= {"kind", "data", "training", "versions", "tokens_per_step"} else {}
@@ -188,7 +187,7 @@ class _Run:
         name, file = given.get("dataset_name"), given.get("train_file")
         self.dataset = None if name == "python-docs" else name
         self.data_id = name or "text"
-        self.data = f"`{name}`" if name else f"local text (`{Path(file).name}`)" if file else "text that is not named"
+        self.data = f"`{name}`" if name else f"local text (`{Path(file).name}`)" if file else "unnamed text"
         logged = next((log for log in reversed(state.get("log_history", [])) if "eval_loss" in log), {})
         metrics = self._read(at, "eval_results.json") or logged
         self.results = {

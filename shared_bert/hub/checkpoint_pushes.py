@@ -1,4 +1,4 @@
-"""The pushes of a `Trainer`."""
+"""Pushes of a `Trainer`."""
 
 import logging
 from pathlib import Path
@@ -14,21 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointPushes:
-    """Makes the pushes of a `Trainer` whole: `class MyTrainer(CheckpointPushes, Trainer)`.
+    """Mixin for complete pushes of a `Trainer`: `class MyTrainer(CheckpointPushes, Trainer)`.
 
-    Each is one commit, with the code that the config's `auto_map` names, a card, and no pickle but what is asked for.
-    Trainer's own pushes during training lack code and card, and carry `training_args.bin`, in which a token may be.
-    `PretrainingTrainer` is one of these.
+    Each is one commit, with the code that the config's `auto_map` names and a card. Trainer's own pushes during
+    training lack both, and contain `training_args.bin`, a pickle that may hold a token. `SafeTrainer` is a subclass.
     """
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
         """Push a checkpoint in the background. An error becomes a warning, and training continues.
 
-        `hub_strategy="all_checkpoints"` gives each a branch of its own besides: step-500, step-1000 … "checkpoint"
-        pushes with it, in `last-checkpoint/`, what training needs to go on from it, which are pickles.
+        `hub_strategy="all_checkpoints"` also gives each a branch: step-500, step-1000 … "checkpoint" adds
+        `last-checkpoint/`, with the pickles that training needs to resume.
         """
         args, step = self.args, self.state.global_step
-        if not Path(checkpoint_folder, "config.json").exists():  # adapters only, which PEFT cards by itself
+        if not Path(checkpoint_folder, "config.json").exists():  # adapters only, whose card PEFT writes
             super()._push_from_checkpoint(checkpoint_folder)
             return
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
@@ -38,8 +37,11 @@ class CheckpointPushes:
         if jobs and not (args.hub_always_push or of_all):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        for branch in [args.hub_revision, *([f"step-{step}"] * of_all)]:
-            folder = TemporaryDirectory()  # of its own: the checkpoint may be deleted before its turn comes
+        branches = [args.hub_revision]
+        if of_all:
+            branches.append(f"step-{step}")
+        for branch in branches:
+            folder = TemporaryDirectory()  # the checkpoint may be deleted before it is pushed
             try:
                 to_resume = args.hub_strategy == HubStrategy.CHECKPOINT
                 stage_checkpoint(checkpoint_folder, folder.name, self.hub_model_id, branch, to_resume)
@@ -59,7 +61,7 @@ class CheckpointPushes:
         private: bool | None = None,
         **kwargs,
     ):
-        """Save the model and pushes it with its code, tokenizer, metrics and card, in one commit.
+        """Save the model and push it with its code, tokenizer, metrics and card, in one commit.
 
         Raises:
             PushError: the push failed. The model is saved.
@@ -90,5 +92,5 @@ def _push(folder: TemporaryDirectory, repo_id: str, message: str, revision: str 
         try:
             return upload(folder.name, repo_id, commit_message=message, revision=revision, token=token)
         except PushError as error:
-            logger.warning("%s", error)  # in the background nobody else would hear of it
+            logger.warning("%s", error)  # in the background it would be lost
             raise

@@ -1,7 +1,7 @@
-"""Pushes to the Hub: a folder that a person with or without this package can load, in one commit or none.
+"""Pushes to the Hub: a folder that loads with or without this package, in one commit or none.
 
-huggingface_hub's `upload_folder` may spread a folder over several commits, and transformers' pushes come with
-`training_args.bin`, a pickle; `create_commit` is what is used here.
+`create_commit` is used, since huggingface_hub's `upload_folder` may split a folder into several commits, and
+transformers' pushes include `training_args.bin`, a pickle.
 """
 
 import shutil
@@ -30,7 +30,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 class PushError(OSError):
-    """A push that failed, with the state in which it left the repository."""
+    """A failed push; the message states what the repository holds now."""
 
 
 def push_to_hub(
@@ -51,22 +51,23 @@ def push_to_hub(
 ) -> CommitInfo:
     """Push a model with its code, tokenizer and card: the `push_to_hub` of every model of this package.
 
-    Arguments not named here are those of `PreTrainedModel.push_to_hub`. `revision` is a branch, which is made if there
-    is none of that name.
+    Arguments not named here are those of `PreTrainedModel.push_to_hub`. `revision` is a branch, which is created if it
+    does not exist.
 
     Args:
-        tag: a name for the new commit.
-        source: the folder of the run or checkpoint that the model is from, unchanged: its metrics go along, and are on
-            the card. Without it the model has no results, but the tokenizer of where it was loaded from, if any.
-        as_stock: push what `to_stock` makes of the model, which needs no code.
+        tag: a tag for the new commit.
+        source: the folder of the run or checkpoint that the unchanged model is from; its metrics are pushed and
+            shown on the card. Without it there are no results, and the tokenizer is that of where the model was
+            loaded from, if any.
+        as_stock: push the result of `to_stock`, which needs no code.
 
     Returns:
         The commit.
 
     Raises:
-        ValueError: a name that is not valid, a tag that is taken, a public repository where a private one is wanted,
-            a damaged file of metrics, a model that has no stock counterpart; before anything is uploaded.
-        PushError: the Hub refused or could not be reached. It is as it was before, or else the error says so.
+        ValueError: an invalid name, an existing tag, a public repository with `private`, a damaged file of metrics,
+            a model without stock counterpart; before anything is uploaded.
+        PushError: the Hub refused or could not be reached. The message states what it holds now.
     """
     repo_id = full_name(repo_id, token)
     with TemporaryDirectory() as name:
@@ -99,7 +100,7 @@ def push_to_hub(
 def _preparing(repo_id: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is reported as any of them
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of them
         raise PushError(f"the push to {repo_id} could not be prepared ({error}); nothing was uploaded") from error
 
 
@@ -107,13 +108,13 @@ def full_name(repo_id: str, token: bool | str | None = None) -> str:
     """Prefix a repository's name with the user's, unless it has a namespace.
 
     Raises:
-        ValueError: a name that is not valid.
-        PushError: the Hub does not say whose token it is.
+        ValueError: an invalid name.
+        PushError: the Hub does not return the user's name.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository: {error}") from error
+        raise ValueError(f"{repo_id!r} is not a valid name of a repository: {error}") from error
     if "/" in repo_id:
         return repo_id
     try:
@@ -125,14 +126,14 @@ def full_name(repo_id: str, token: bool | str | None = None) -> str:
 def stage_checkpoint(
     checkpoint: str | Path, folder: str | Path, repo_id: str, revision: str | None = None, to_resume: bool = False
 ):
-    """Copy into `folder` what a push of a checkpoint takes, as it was saved, and writes the card.
+    """Copy the files for a push of a checkpoint into `folder`, and write the card.
 
     Args:
-        to_resume: take the state of the optimizer and the like too, as `last-checkpoint/`.
+        to_resume: also copy the whole checkpoint, with the optimizer's state, as `last-checkpoint/`.
 
     Raises:
         ValueError: a damaged file of metrics.
-        PushError: there is no room for it.
+        PushError: a full disk.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     with _preparing(repo_id):
@@ -143,22 +144,22 @@ def stage_checkpoint(
         _add_metrics(checkpoint, folder)
         write_card(checkpoint, folder, repo_id, revision)
         if to_resume:
-            # It may hold a token, and nothing needs it.
-            left_out = shutil.ignore_patterns("training_args.bin")
-            shutil.copytree(checkpoint, folder / "last-checkpoint", ignore=left_out)
+            # It may hold a token, and is not needed.
+            ignored = shutil.ignore_patterns("training_args.bin")
+            shutil.copytree(checkpoint, folder / "last-checkpoint", ignore=ignored)
 
 
 def write_card(saved: str | Path, folder: str | Path, repo_id: str, revision: str | None = None):
-    """Write the card of a model that was saved, or of a checkpoint, into `folder`."""
+    """Write the card of a saved model or a checkpoint into `folder`."""
     config = AutoConfig.from_pretrained(saved, trust_remote_code=False)
-    # A class of the user's own is described as the model that it is built on.
+    # A user's own class is described as the base model of its config.
     model_class = getattr(modeling, config.architectures[0], getattr(modeling, config.auto_classes["AutoModel"]))
     card = model_card(model_class, config, repo_id, saved, revision, has_tokenizer=_has_tokenizer(Path(saved)))
     card.save(Path(folder, "README.md"))
 
 
 def _add_code(config: PreTrainedConfig, folder: Path):
-    # Saving does so for classes of this package, but not for others that are built on them.
+    # `save_pretrained` does this for classes of this package, but not for subclasses.
     file = Path(modeling.__file__).with_name(f"modeling_{config.model_type}.py")
     for path in (file, *get_relative_import_files(file)):
         shutil.copy(path, folder)
@@ -169,7 +170,7 @@ def _add_tokenizer(source: str | Path, folder: Path):
         if str(source):
             copy_tokenizer(str(source), folder)
     except (HFValidationError, HfHubHTTPError, FileNotFoundError):
-        return  # where the model was loaded from is gone, or has no name of a repository
+        return  # the model's source no longer exists, or is not a repository
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -195,9 +196,9 @@ def upload(
     create_pr: bool = False,
     tag: str | None = None,
 ) -> CommitInfo:
-    """Commit the files of a folder, and deletes what an earlier push left of their kinds.
+    """Commit the files of a folder, and delete files of the same kinds from earlier pushes.
 
-    The repository and the branch are made where they are missing. A card that was not written by this package stays.
+    A missing repository or branch is created. A card that was not written by this package stays.
 
     Raises:
         ValueError, PushError: as of `push_to_hub`.
@@ -209,9 +210,9 @@ def upload(
         refs = api.list_repo_refs(repo_id)
         refused = None
         if tag is not None and tag in [ref.name for ref in refs.tags]:
-            refused = f"has a tag {tag!r} already: name another"
+            refused = f"already has a tag {tag!r}: name another"
         elif private and not api.model_info(repo_id).private:
-            refused = "is there already, and public: make it private in its settings, or name another"
+            refused = "already exists and is public: make it private in its settings, or name another"
         if refused is None:
             if revision not in (None, *(ref.name for ref in refs.branches)):
                 api.create_branch(repo_id, branch=revision)
@@ -228,7 +229,7 @@ def upload(
             if tag is not None:
                 api.create_tag(repo_id, tag=tag, revision=commit.oid)
             return commit
-    except Exception as error:  # whatever the client meets, the user must know what the Hub holds now
+    except Exception as error:  # after any error the user must know what the Hub holds now
         raise PushError(_what_happened(api, repo_id, revision, before, error)) from error
     raise ValueError(f"{repo_id} {refused}")
 
@@ -239,7 +240,7 @@ def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None):
     there = set(api.list_repo_files(repo_id, revision=revision))
     if "README.md" in there and not _is_ours(api, repo_id, revision):
         added.pop("README.md", None)
-    # What an earlier push left of this would be taken for part of the new one.
+    # Files of these kinds from an earlier push would be taken for part of the new one.
     own = (*_WEIGHTS, *_METRICS, *_PICKLES, *(TOKENIZER_FILES if _has_tokenizer(folder) else ()))
     stale = [
         name
@@ -258,7 +259,7 @@ def _is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
 def _what_happened(api: HfApi, repo_id: str, revision: str | None, before: str | None, error: Exception) -> str:
     branch = revision or "main"
     if not isinstance(error, HfHubHTTPError):
-        error = error.__cause__ or error  # of an upload that failed, only the cause says why
+        error = error.__cause__ or error  # for a failed upload, only the cause has the reason
     cause = " ".join(str(error).split("For more information")[0].split())
     if "401" in cause:
         cause += "; log in with `hf auth login`, or set HF_TOKEN"
@@ -267,7 +268,7 @@ def _what_happened(api: HfApi, repo_id: str, revision: str | None, before: str |
     except RepositoryNotFoundError:
         state = "nothing was uploaded"
     except Exception:
-        state = "the Hub does not say what it holds now; a commit is made as a whole or not at all"
+        state = "what the Hub holds now is not known; a commit is made as a whole or not at all"
     else:
         unchanged = f"nothing was committed: {branch} is at {now[:8]}, as before"
         state = unchanged if before in (None, now) else f"{branch} was at {before[:8]} and is at {now[:8]} now"

@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils.type_validators import interval
 
@@ -37,6 +37,8 @@ def checked(cls: type) -> type:
         def wrapper(*args):
             try:
                 method(*args)
+            except StrictDataclassClassValidationError as error:  # of a method below, whose own error says all
+                raise ValueError(str(error.__cause__)) from error
             except StrictDataclassError as error:
                 raise ValueError(" ".join(str(error).split())) from error
 
@@ -121,6 +123,11 @@ class SharedAttentionConfig(PreTrainedConfig):
         cut = {"projection": "colwise_gather_output", "output": "rowwise_split_input"}
         own = {f"{attention}.{name}": style for name, style in cut.items() if name not in self.shared_maps}
         return {**own, first: "colwise", second: "rowwise"}
+
+    @property
+    def sharing_names(self) -> list[str]:
+        """The attention scheme, and the depth sharing if there is one."""
+        return [name for name in (self.attention_scheme, self.depth_sharing) if name != "none"]
 
     @property
     def is_stock(self) -> bool:

@@ -17,10 +17,10 @@ def _argument(default: Any, text: str, **options):
 
 @dataclass
 class ConfigArguments:
-    """Which model.
+    """The model.
 
     Raises:
-        ValueError: a model that is named twice or not at all; overrides that cannot be read.
+        ValueError: two models or none; invalid overrides.
     """
 
     model_name_or_path: str | None = _argument(None, "A trained model to continue training; else see config_name.")
@@ -44,10 +44,10 @@ class ConfigArguments:
 
 @dataclass
 class ModelArguments(ConfigArguments):
-    """Which model, and with which tokenizer.
+    """The model and its tokenizer.
 
     Raises:
-        ValueError: see `ConfigArguments`; a tokenizer that is named twice or not at all.
+        ValueError: see `ConfigArguments`; two tokenizers or none.
     """
 
     attn_implementation: str | None = _argument(
@@ -55,7 +55,7 @@ class ModelArguments(ConfigArguments):
     )
     tokenizer_name: str | None = _argument(None, "A tokenizer on the Hub or a folder; else the model's own.")
     tokenizer_vocab_size: int | None = _argument(None, "Train a tokenizer of this size on the training text.")
-    tokenizer_lowercase: bool = _argument(True, "Whether a WordPiece tokenizer trained here lowers case.")
+    tokenizer_lowercase: bool = _argument(True, "Whether a WordPiece tokenizer trained here is uncased.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,10 +79,10 @@ def read_overrides(text: str) -> dict[str, Any]:
 
 @dataclass
 class DataArguments:
-    """Which text, and how it becomes blocks of tokens; see `shared_bert.data`.
+    """The text, and how it is packed into blocks of tokens; see `shared_bert.data`.
 
     Raises:
-        ValueError: a share of masked tokens that is not above 0 and at most 1.
+        ValueError: mlm_probability is not above 0 and at most 1.
     """
 
     dataset_name: str | None = _argument(None, "A data set of the Hub, or the built-in python-docs.")
@@ -90,9 +90,13 @@ class DataArguments:
     train_file: str | None = _argument(None, "A local .txt, .jsonl, .json or .parquet file, a folder or a glob.")
     validation_file: str | None = _argument(None, "The same, to evaluate on.")
     text_column: str = _argument("text", "The column that holds the text.")
-    sample_by: str = _argument("document", "What is a document in a text file: a line, a paragraph or the whole.")
+    sample_by: str = _argument(
+        "document", "The documents of a text file: its lines, its paragraphs or the whole (document)."
+    )
     streaming: bool = _argument(False, "Read the text while training. Needs max_steps.")
-    validation_split: float = _argument(0.02, "Share of the training text to evaluate on, where there is no split.")
+    validation_split: float = _argument(
+        0.02, "Share of the training text to evaluate on, if there is no validation split."
+    )
     max_train_samples: int | None = _argument(None, "Train on no more documents than this.")
     max_eval_samples: int | None = _argument(None, "Evaluate on no more documents than this.")
     preprocessing_num_workers: int | None = _argument(None, "Processes that tokenize.")
@@ -108,7 +112,7 @@ class DataArguments:
 
 @dataclass
 class ConversionArguments:
-    """How a trained model is converted; see `from_stock`.
+    """The conversion of a trained model; see `from_stock`.
 
     Raises:
         ValueError: calibration_tokens without calibration.
@@ -123,13 +127,13 @@ class ConversionArguments:
     num_key_value_heads: int | None = _argument(None, "Fewer heads for key and value.")
     dictionary_groups: int = _argument(1, "Split the dictionary of masa into this many.")
     spread_rank: bool = _argument(False, "Spread the rank over the matrices that need it.")
-    align: bool = _argument(True, "Turn and reorder heads before they are shared.")
+    align: bool = _argument(True, "Rotate and reorder heads before they are shared.")
     calibration: str | None = _argument(None, "Text to fit to: a file, or the name of a data set.")
     calibration_tokens: int | None = _argument(None, "How much of it; 65,536 by default.")
 
     def __post_init__(self):
         if self.calibration_tokens is not None and self.calibration is None:
-            raise ValueError(f"calibration_tokens={self.calibration_tokens} goes with calibration")
+            raise ValueError(f"calibration_tokens={self.calibration_tokens} needs calibration")
 
 
 @dataclass
@@ -137,22 +141,22 @@ class PretrainingArguments(TrainingArguments):
     """`TrainingArguments` with defaults for pre-training.
 
     Raises:
-        ValueError: no output_dir; one that is to be resumed and overwritten at once; options that would break the
+        ValueError: no output_dir; resume_from_checkpoint with overwrite_output_dir; options that would break the
             batches.
     """
 
     overwrite_output_dir: bool = _argument(False, "Replace the run that output_dir holds.")
     learning_rate: float = _argument(1e-4, "The peak learning rate.")
     weight_decay: float = _argument(0.01, "Decay of tensors of two or more dimensions.")
-    # The collators read columns (row, epoch) that the model does not take.
+    # The collators read columns (index, epoch) that the model does not take.
     remove_unused_columns: bool = _argument(False, "Drop what the model does not take before collation.")
-    # Every parameter of these models takes part in every step; searching for others costs time.
+    # Every parameter of these models has a gradient in every step; searching for others costs time.
     ddp_find_unused_parameters: bool | None = _argument(False, "Search for parameters without a gradient.")
-    # The filter waits for the device at every step, and hides what `PretrainingTrainer` stops at.
+    # The filter waits for the device at every step, and hides the losses that `SafeTrainer` stops at.
     logging_nan_inf_filter: bool = _argument(False, "Leave losses out of the log that are NaN or infinite.")
     # The other processes wait this long while the first one tokenizes.
     ddp_timeout: int = _argument(6 * 3600, "Seconds that processes wait for one another.")
-    # Collated batches hold plain numbers beside tensors, which one process cannot cut up for the others.
+    # Batches contain plain numbers as well as tensors, which one process cannot split for the others.
     accelerator_config: dict | str | None = field(
         default_factory=lambda: {"dispatch_batches": False}, metadata={"help": "Of accelerate: a dict or a JSON file."}
     )
@@ -165,15 +169,17 @@ class PretrainingArguments(TrainingArguments):
         if not self.output_dir:
             raise ValueError("output_dir is not given: name the folder for checkpoints and the model")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
-            raise ValueError("resume_from_checkpoint goes on with a run and overwrite_output_dir replaces it")
+            raise ValueError(
+                "resume_from_checkpoint continues a run and overwrite_output_dir replaces it: give one of the two"
+            )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more")
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=true would take away what batches are made from: leave it out")
+            raise ValueError("remove_unused_columns=true would drop columns that the collators need: omit it")
         if self.dataloader_persistent_workers:
             raise ValueError(
-                "dataloader_persistent_workers=true would mask every epoch like the first, since such workers do not "
-                "learn which epoch it is: leave it out"
+                "dataloader_persistent_workers=true would mask every epoch like the first, since such workers are "
+                "not told the epoch: omit it"
             )
         super().__post_init__()
         self.dataloader_pin_memory &= self.device.type != "cpu"
@@ -181,5 +187,5 @@ class PretrainingArguments(TrainingArguments):
     @property
     def device(self) -> torch.device:
         device = super().device
-        # With the number that a process of several gives its CPU, checkpoints could not be loaded onto it.
+        # In one of several processes it is cpu:N, onto which no checkpoint can be loaded.
         return torch.device("cpu") if device.type == "cpu" else device

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run can be trusted, and whether an output folder is free."""
+"""Finding whole checkpoints, and whether an output folder is free."""
 
 import json
 import logging
@@ -17,30 +17,30 @@ from .. import modeling
 
 logger = logging.getLogger(__name__)
 
-# A trained model is written in here and moved out when it is whole.
+# A trained model is written here and moved out when it is whole.
 UNFINISHED = "_unfinished"
-# What a run leaves beside its checkpoints: all of it is removed with the run, and any of it marks a folder as taken.
-# The config goes first: without it, what is left when the removal is cut off is no model.
+# The files of a run outside its checkpoints: they are removed with the run, and any of them marks a folder as taken.
+# The config goes first: without it, what an interrupted removal leaves is not a model.
 _RUN_FILES = (
     "config.json", "model*.safetensors*", "pytorch_model*.bin*", "generation_config.json", "tokenizer*.json",
     "special_tokens_map.json", "vocab.*", "training_args.bin", "trainer_state.json", "*_results.json", "loss_curve.*",
 )  # fmt: skip
-# What is removed with a run, but is no mark of one: the first two come before anything that training could go on from,
-# and the model's code may be there without a run. Other code, and the README.md, may be the user's own: they stay.
+# Removed with a run, but not marks of one: the first two are written before there is anything to resume from, and the
+# model's code may be there without a run. Other code, and the README.md, may be the user's own: they stay.
 _REMOVED_TOO = ("run.json*", UNFINISHED, *(path.name for path in Path(modeling.__file__).parent.glob("[!_]*.py")))
-# Trainer writes the first of them last: a checkpoint without it was cut off.
+# Trainer writes the first of them last: a checkpoint without it is incomplete.
 _NEEDED = (TRAINER_STATE_NAME, "model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 
 
 def checkpoint_damage(folder: str | Path) -> str | None:
     """Return why training cannot resume from `folder`, or None; no weights are read.
 
-    What is pickled must consist of tensors and numbers, as `torch.load(weights_only=True)` checks without running
-    anything. `training_args.bin` need not: it is not read by anybody.
+    Pickles must contain tensors and numbers only, as `torch.load(weights_only=True)` checks without running any code,
+    except `training_args.bin`, which is not read.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        return "there is no such folder"
+        return "it is not a folder"
     for pattern in _NEEDED:
         if not any(folder.glob(pattern)):
             return f"{pattern} is missing"
@@ -57,25 +57,25 @@ def _damaged_files(folder: Path) -> Iterator[str]:
                         if not (folder / shard).is_file():
                             yield f"{shard} is missing"
             elif path.suffix == ".safetensors":
-                # The header says how long the file must be.
+                # The header states the length of the file.
                 with safe_open(path, framework="numpy"):
                     pass
             elif path.suffix in (".pt", ".pth", ".bin") and path.name != TRAINING_ARGS_NAME:
-                # The device "meta" has no memory: only the table of contents and the pickle are read.
+                # The meta device has no memory: only the table of contents and the pickle are read.
                 with safe_globals():
                     torch.load(path, map_location="meta", mmap=True, weights_only=True)
         except (ValueError, OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            yield f"{path.name} is damaged or not of tensors alone ({error})".splitlines()[0]
+            yield f"{path.name} is damaged or contains more than tensors ({error})".splitlines()[0]
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """List the checkpoint folders of a run, oldest step first."""
+    """Return the checkpoint folders of a run, oldest step first."""
     folders = (path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit())
     return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
 
 
 def finished_checkpoints(output_dir: str | Path) -> list[Path]:
-    """List the checkpoint folders that were not cut off while they were written, oldest step first."""
+    """Return the checkpoint folders that were written to the end, oldest step first."""
     return [path for path in checkpoints(output_dir) if (path / TRAINER_STATE_NAME).exists()]
 
 
@@ -89,7 +89,7 @@ def last_checkpoint(output_dir: str | Path) -> str:
         damage = checkpoint_damage(folder)
         if damage is None:
             return str(folder)
-        logger.warning("%s is passed over: %s", folder, damage)
+        logger.warning("%s is skipped: %s", folder, damage)
     raise ValueError(f"output_dir={str(output_dir)!r} holds no whole checkpoint to resume from")
 
 
@@ -103,22 +103,22 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | N
     Raises:
         ValueError: there is nothing to resume, a checkpoint is damaged, or the folder holds another run.
     """
-    wish = str(resume_from_checkpoint or False)
-    if wish.lower() == "true":
+    choice = str(resume_from_checkpoint or False)
+    if choice.lower() == "true":
         return last_checkpoint(output_dir)
-    if wish.lower() != "false":
-        if damage := checkpoint_damage(wish):
-            raise ValueError(f"resume_from_checkpoint={wish!r} cannot be resumed: {damage}")
-        if Path(wish).resolve().parent == Path(output_dir).resolve():
-            return wish
+    if choice.lower() != "false":
+        if damage := checkpoint_damage(choice):
+            raise ValueError(f"resume_from_checkpoint={choice!r} cannot be resumed: {damage}")
+        if Path(choice).resolve().parent == Path(output_dir).resolve():
+            return choice
     if Path(output_dir).is_file():
         raise ValueError(f"output_dir={output_dir!r} is a file: name a folder")
     if not overwrite and (found := [*finished_checkpoints(output_dir), *_matching(output_dir, _RUN_FILES)]):
         raise ValueError(
-            f"output_dir={output_dir!r} holds another run ({found[0].name}): go on with it by "
-            "resume_from_checkpoint=true, replace it by overwrite_output_dir=true, or name another folder"
+            f"output_dir={output_dir!r} holds another run ({found[0].name}): continue it with "
+            "resume_from_checkpoint=true, replace it with overwrite_output_dir=true, or name another folder"
         )
-    return None if wish.lower() == "false" else wish
+    return None if choice.lower() == "false" else choice
 
 
 def remove_run(output_dir: str):

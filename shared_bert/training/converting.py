@@ -34,7 +34,7 @@ def convert(
         data_args: how calibration text is read.
 
     Raises:
-        ValueError: see `from_stock`; a model, a folder or a text that cannot be used. Nothing is written.
+        ValueError: see `from_stock`; an unusable model, folder or text. Nothing is written.
         OSError: the model is missing, or the disk is full.
     """
     check_free(output)
@@ -46,9 +46,9 @@ def convert_and_heal(
 ) -> dict[str, float]:
     """Convert a saved model into `output_dir/converted`, and heal it into `output_dir` (see `heal`).
 
-    With `resume_from_checkpoint`, a run that was stopped goes on from where it was: its conversion is not repeated.
+    With `resume_from_checkpoint`, a run that was stopped continues, and its conversion is not repeated.
 
-    Returns, raises: as `heal` and `convert`; a ValueError where the folder holds another conversion.
+    Returns, raises: as `heal` and `convert`; a ValueError if the folder holds another conversion.
     """
     output = training_args.output_dir
     converted = Path(output, "converted")
@@ -58,7 +58,7 @@ def convert_and_heal(
     teacher = load_model(name_or_path, SOURCES).float()
     tokenizer = load_tokenizer(name_or_path)
     check_healing(teacher, tokenizer, data_args, training_args)
-    # The first process converts, the others find the result; what is wrong with the text shows before.
+    # The first process converts, the others find the result. The text is packed first, since it may be unusable.
     with training_args.main_process_first(local=False, desc="converting the model"):
         pack_documents(read_documents(data_args, training_args.seed), tokenizer, data_args)
         if training_args.process_index == 0 and not (resumes and converted.exists()):
@@ -100,13 +100,13 @@ def _write_converted(
 def _read_calibration(
     model: PreTrainedModel, name_or_path: str, conversion: ConversionArguments, data_args: DataArguments, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Read the text when the first batch is asked for, which is after the other options have been checked."""
+    """Yield batches of calibration text; it is read when the first is taken, after all options have been checked."""
     most = model.config.max_position_embeddings
     if data_args.block_size > most:
         raise ValueError(f"block_size={data_args.block_size} is more than max_position_embeddings={most}")
     source = conversion.calibration
     is_file = Path(source).exists() or "*" in source or Path(source).suffix in FORMATS
-    # The file is its own validation text, so that nothing is split off.
+    # The file is its own validation text, so that no text is split off.
     file, dataset = (source, None) if is_file else (None, source)
     data_args = replace(data_args, train_file=file, validation_file=file, dataset_name=dataset)
     documents = read_documents(data_args, seed)["train"]

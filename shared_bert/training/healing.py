@@ -1,7 +1,7 @@
-"""Healing: a converted model learns from the model it was made of to do as that one does.
+"""Healing: distilling a converted model from the original.
 
-The student is trained on plain text to give the teacher's hidden states after every layer and, where it has a head
-over the vocabulary, the teacher's predictions. No labels are needed, so any text will do.
+The student is trained on plain text to reproduce the teacher's hidden states after every layer and, if it has a
+vocabulary head, the teacher's predictions. No labels are needed, so any text will do.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from ..conversion.families import SHARED_CLASSES, STOCK_CLASSES, family_of
 from ..conversion.stock import read_stock
 from ..data import collate_blocks
 from ..data.packing import PADDING
-from ..modeling import SharedBertForMultipleChoice
 from .arguments import DataArguments, PretrainingArguments
 from .run import run_training, starting_checkpoint
 from .text import block_datasets, check_streaming, pack_documents, read_documents
@@ -31,25 +30,24 @@ def heal(
 ) -> dict[str, float]:
     """Distil a converted model from the original (see `HealingTrainer`), and save it with its tokenizer.
 
-    `output_dir` gets what `pretrain` leaves there. A head that is not over the vocabulary, and a pooler, stay as
-    they are: they read hidden states, which come closer to the teacher's.
+    `output_dir` gets the same files as from `pretrain`. A pooler, and a head that is not over the vocabulary, are not
+    trained: they read hidden states, which come closer to the teacher's.
 
     Args:
         model: the student, one of the classes of `STOCK_CLASSES`.
-        teacher: the original: stock, or of this package. Its weights stay as they are.
+        teacher: the original: stock, or of this package. It is not changed.
         tokenizer: of both.
-        data_args: the text; what it says of masks is not used, since nothing is masked.
+        data_args: the text; its fields about masks are ignored, since nothing is masked.
         save_more: see `SafeTrainer`.
 
     Returns:
         The metrics of training and of the final evaluation.
 
     Raises:
-        ValueError: models that do not go together, or arguments that contradict them or one another; before any
-            training.
-        FileNotFoundError: text that is not there.
-        FloatingPointError: training diverged; with the step, the learning rate and the last good checkpoint.
-        OSError: a disk is full; with the last good checkpoint.
+        ValueError: models that do not match, or invalid arguments; before any training.
+        FileNotFoundError: missing text.
+        FloatingPointError: training diverged; names the step, the learning rate and the last good checkpoint.
+        OSError: a full disk; names the last good checkpoint.
     """
     if type(teacher) in SHARED_CLASSES:
         teacher = read_stock(teacher)
@@ -60,7 +58,7 @@ def heal(
         blocks = pack_documents(read_documents(data_args, training_args.seed), tokenizer, data_args)
 
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # by which a classifier finds the ends of texts
+        model.config.pad_token_id = tokenizer.pad_token_id  # a classifier finds the ends of texts by it
     unused = _parameters_without_gradient(model)
     for parameter in unused:
         parameter.requires_grad_(False)
@@ -123,28 +121,29 @@ def check_healing(
         raise ValueError(f"a {type(teacher).__name__} without a head cannot be healed under FSDP: use DDP")
     if training_args.gradient_checkpointing:
         raise ValueError(
-            "activation checkpointing has no effect in eval mode, in which healing runs (without dropout): leave out "
+            "activation checkpointing has no effect in eval mode, in which healing runs (without dropout): omit "
             "activation_checkpointing (gradient_checkpointing, in older releases of transformers)"
         )
 
 
 class HealingTrainer(TimedTrainer):
-    """Distils a teacher into its converted model: the loss is `healing_loss`, in training and in evaluation.
+    """`TimedTrainer` that distils a teacher into its converted model; the loss is `healing_loss`.
 
-    Both run in eval mode: the target is what the teacher gives without dropout, so the student has none either.
+    The student is trained in eval mode, too: its targets are computed without dropout.
 
     Args:
         teacher: a model of this package with the student's class, layers and hidden size.
     """
 
-    loss_is_scaled_for_ga = False  # it is the mean of one batch; Trainer averages accumulated ones
+    loss_is_scaled_for_ga = False  # the loss is the mean of one batch; Trainer averages accumulated ones
 
     def __init__(self, *args, teacher: PreTrainedModel, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.args.device).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        predicts_tokens = family_of(self.model.config).is_language_model(self.model)
+        family = family_of(self.model.config)
+        predicts_tokens = family.is_language_model(self.model)
         teacher = self.teacher if predicts_tokens else self.teacher.base_model
         options = {"document_ids": inputs["document_ids"], "output_hidden_states": True}
         if "use_cache" in self.model.config.__dataclass_fields__:
@@ -152,7 +151,7 @@ class HealingTrainer(TimedTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             expected = teacher(inputs["input_ids"], **options)
         input_ids = inputs["input_ids"]
-        if isinstance(self.model, SharedBertForMultipleChoice):
+        if type(self.model) in family.choice_models:
             input_ids = input_ids.unsqueeze(1)  # one choice each
         outputs = model.eval()(input_ids, **options)
         is_text = inputs["document_ids"] != PADDING
@@ -173,14 +172,14 @@ def _parameters_without_gradient(model: PreTrainedModel) -> list[torch.nn.Parame
 
 
 def healing_loss(student, teacher, is_text: torch.Tensor, predicts_tokens: bool) -> torch.Tensor:
-    """How far a student's outputs are from its teacher's.
+    """Return the distance of a student's outputs from its teacher's.
 
-    The mean over the layers of ‖student - teacher‖² / ‖teacher‖² of their hidden states, embeddings excluded; where
-    a model `predicts_tokens`, the mean KL divergence from the teacher's to the student's predictions in nats besides.
+    It is the mean over the layers of ‖student - teacher‖² / ‖teacher‖² of their hidden states, embeddings excluded;
+    if a model `predicts_tokens`, plus the mean KL divergence from the teacher's to the student's predictions in nats.
 
     Args:
         student, teacher: outputs with `hidden_states` (the embeddings first) and, if needed, `logits`.
-        is_text: boolean [batch, seq], False at padding, which does not count.
+        is_text: bool [batch, seq], False at padding, which is ignored.
     """
     errors = []
     for found, expected in zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True):

@@ -1,4 +1,4 @@
-"""The loss curve of a run, as numbers and as a picture."""
+"""The loss curve of a run as JSON and as a picture."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,8 @@ def save_loss_curve(
 
     Args:
         log_history: of `TrainerState`.
-        unigram_entropy: of the training text in nats, the loss of a model that knows only how frequent each token
-            is; None where it is not known.
+        unigram_entropy: of the training text in nats: the loss of a model that knows only the frequency of each
+            token; None if it is not known.
         title, loss_name: of the picture and its axis.
     """
     curve = {

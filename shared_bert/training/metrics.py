@@ -1,4 +1,4 @@
-"""How often the likeliest token is the right one."""
+"""The accuracy of the likeliest tokens."""
 
 from collections.abc import Callable
 

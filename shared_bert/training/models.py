@@ -1,4 +1,4 @@
-"""The model that the arguments describe: its config's fields, its kind, and itself."""
+"""Making the model that the arguments describe."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +19,7 @@ def config_fields(arguments: ConfigArguments) -> dict[str, Any]:
     """Return the stated fields of the config with its `model_type`, overrides last.
 
     Raises:
-        ValueError: a model type that cannot be pre-trained, two that differ, or a field that its config lacks.
+        ValueError: an unknown model type, two that differ, or an unknown field.
     """
     if arguments.model_name_or_path:
         stated = AutoConfig.from_pretrained(arguments.model_name_or_path, trust_remote_code=False).to_dict()
@@ -45,7 +45,7 @@ def make_model(
     """Return a new model of `config`, or load a trained one, with its head and float32 weights.
 
     Raises:
-        ValueError: the trained model lacks weights of this one, or has others.
+        ValueError: the trained model's weights are not those of this one.
     """
     auto_class = AUTO_CLASSES[FAMILIES[config.model_type].objective]
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
@@ -56,7 +56,7 @@ def make_model(
         if info[problem]:
             weights = ", ".join(map(str, sorted(info[problem])[:3]))
             raise ValueError(
-                f"{model_name_or_path=} is no {type(model).__name__} like this one: "
+                f"{model_name_or_path=} is not a {type(model).__name__} like this one: "
                 f"{problem.replace('_', ' ')} {weights}"
             )
     return model

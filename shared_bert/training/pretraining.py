@@ -32,17 +32,17 @@ def pretrain(
     """Train a masked or causal language model, depending on its type, and save it with its tokenizer.
 
     `output_dir` gets the model, the tokenizer, the checkpoints, Trainer's metrics and state, `loss_curve.json` and
-    `loss_curve.png`, and nothing before training starts. Several processes, on one machine or more, share that folder
-    and the cache of data sets.
+    `loss_curve.png`; nothing is written before training starts. All processes, on one machine or more, share that
+    folder and the cache of data sets.
 
     Returns:
         The metrics of training and of the final evaluation.
 
     Raises:
-        ValueError: arguments that contradict one another or the files they name; before any training.
-        FileNotFoundError: text that is not there.
-        FloatingPointError: training diverged; with the step, the learning rate and the last good checkpoint.
-        OSError: a disk is full; with the last good checkpoint.
+        ValueError: invalid arguments or files; before any training.
+        FileNotFoundError: missing text.
+        FloatingPointError: training diverged; names the step, the learning rate and the last good checkpoint.
+        OSError: a full disk; names the last good checkpoint.
     """
     checkpoint = starting_checkpoint(training_args)
     stated = config_fields(model_args)
@@ -52,7 +52,7 @@ def pretrain(
     if tokenizer is not None:
         _fit_config(stated, tokenizer, objective)
 
-    # The first process reads, and later packs; the others find the results in the cache.
+    # The first process reads and packs; the others find the results in the cache.
     with training_args.main_process_first(local=False, desc="reading the text"):
         documents = read_documents(data_args, training_args.seed)
     if tokenizer is None:
@@ -77,8 +77,8 @@ def pretrain(
     if is_main and not data_args.streaming:
         statistics = corpus_statistics(blocks["train"], tokenizer.all_special_ids)
     if is_main:
-        _print_what_is_trained(model, data_args, statistics)
-    entropy = statistics and statistics.unigram_entropy
+        _print_model_and_text(model, data_args, statistics)
+    entropy = None if statistics is None else statistics.unigram_entropy
     metrics = run_training(trainer, checkpoint, "pre-training", data_args, entropy)
     if is_main:
         _print_results(metrics, entropy, training_args.output_dir)
@@ -88,11 +88,11 @@ def pretrain(
 
 
 def _given_tokenizer(model_args: ModelArguments, checkpoint: str | None) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of the checkpoint, of the arguments or of the model; None where one is to be trained."""
+    """Load the tokenizer of the checkpoint, of the arguments or of the model; return None if one is to be trained."""
     path = checkpoint or model_args.tokenizer_name
     if path is None and model_args.tokenizer_vocab_size is None:
         path = model_args.model_name_or_path
-    return path and load_tokenizer(path)
+    return None if path is None else load_tokenizer(path)
 
 
 def _train_tokenizer(
@@ -102,7 +102,7 @@ def _train_tokenizer(
     data_args: DataArguments,
     training_args: PretrainingArguments,
 ) -> PreTrainedTokenizerBase:
-    """Train a tokenizer in the first process and hand it to the others."""
+    """Train a tokenizer in the first process and broadcast it to the others."""
     tokenizer = None
     if training_args.process_index == 0:
         print(f"training a tokenizer of {model_args.tokenizer_vocab_size} tokens", flush=True)
@@ -117,10 +117,10 @@ def _train_tokenizer(
     return tokenizer
 
 
-def _print_what_is_trained(model: PreTrainedModel, data_args: DataArguments, statistics: CorpusStatistics | None):
+def _print_model_and_text(model: PreTrainedModel, data_args: DataArguments, statistics: CorpusStatistics | None):
     print(f"{type(model).__name__} ({model.config.attention_scheme}): {model.num_parameters():,} parameters")
     if statistics is None:
-        print("training text: a stream, whose number of tokens is not known in advance", flush=True)
+        print("training text: a stream of unknown length", flush=True)
     else:
         print(
             f"training text: {statistics.num_blocks:,} blocks of {data_args.block_size}, "
@@ -143,7 +143,7 @@ def _check_arguments(
 ):
     check_streaming(data_args, training_args)
     if data_args.whole_word_mask and FAMILIES[stated["model_type"]].objective != "mlm":
-        raise ValueError(f"whole_word_mask=true is for masked models: a {stated['model_type']} masks nothing")
+        raise ValueError(f"whole_word_mask=true is for masked language models, not for a {stated['model_type']}")
     config = AutoConfig.for_model(**stated)
     if data_args.block_size > config.max_position_embeddings:
         raise ValueError(
@@ -161,7 +161,7 @@ def _fit_config(stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase, obje
     """Return the config for a tokenizer: its special tokens and, unless stated, its size up to a multiple of 64.
 
     Raises:
-        ValueError: a tokenizer that lacks special tokens of `objective`, or has more tokens than the model.
+        ValueError: a tokenizer without the special tokens of `objective`, or with more tokens than the model.
     """
     check_tokenizer(tokenizer, objective)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}

@@ -10,7 +10,7 @@ from .arguments import DataArguments, ModelArguments, PretrainingArguments, read
 from .yaml_files import check_keys, load_mapping
 
 _DATACLASSES = (ModelArguments, DataArguments, PretrainingArguments)
-# An option takes the place of what it would contradict in the recipe.
+# The keys of a recipe that an option replaces, since they would contradict it.
 _REPLACED_BY = {
     "train_file": ("dataset_name", "dataset_config_name"),
     "dataset_name": ("train_file", "validation_file"),
@@ -24,14 +24,14 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArgument
     """Read `[RECIPE.yaml] [--option value ...]` into the arguments of `pretrain`.
 
     Options override the recipe, and a source of text, a model or a tokenizer replaces the recipe's of another kind;
-    only the `config_overrides` of both are merged. A `config_name` in the recipe is looked for in the current folder
-    first, then beside the recipe.
+    only the `config_overrides` of both are merged. A `config_name` in the recipe is looked up in the current folder
+    first, then in the recipe's.
 
     Args:
         arguments: of the command line, without the program's name.
 
     Raises:
-        ValueError: a key or option that no field has, or a value of the wrong type.
+        ValueError: an unknown key or option, or a value of the wrong type.
     """
     parser = RaisingParser(_DATACLASSES, allow_abbrev=False)
     valid = {field.name for dataclass in _DATACLASSES for field in fields(dataclass)}
@@ -44,7 +44,7 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArgument
             for key in _REPLACED_BY[option]:
                 recipe.pop(key, None)
         _find_config(recipe, Path(recipe_path).parent)
-        # As strings, numbers pass through the same checks as on the command line.
+        # As strings, numbers are checked like those of the command line.
         parser.set_defaults(**{k: str(v) if type(v) in (int, float) else v for k, v in recipe.items()})
     model_args, data_args, training_args, rest = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False

@@ -1,4 +1,4 @@
-"""A run of training, from the checkpoint it starts from to the saved model, its metrics and its loss curve."""
+"""A run of training, from its first checkpoint to the saved model, its metrics and its loss curve."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ def starting_checkpoint(training_args: PretrainingArguments) -> str | None:
     """Return the checkpoint that a run starts from, or None for a new run.
 
     Raises:
-        ValueError: see `checkpoint_to_resume`; a checkpoint that was written under FSDP and is not resumed so, or
-            the reverse.
+        ValueError: see `checkpoint_to_resume`; a checkpoint of a run under FSDP that is resumed without, or the
+            reverse.
     """
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, training_args.overwrite_output_dir
@@ -25,13 +25,13 @@ def starting_checkpoint(training_args: PretrainingArguments) -> str | None:
     if checkpoint and Path(checkpoint, "optimizer.bin").exists() != uses_fsdp(training_args):
         raise ValueError(
             f"{checkpoint} was written {'without' if uses_fsdp(training_args) else 'under'} FSDP: launch the run as "
-            "it was, or start a new one from its weights by model_name_or_path"
+            "before, or start a new one from its weights with model_name_or_path"
         )
     return checkpoint
 
 
 class _RunRemover(TrainerCallback):
-    """Deletes the run that `output_dir` holds when all that can be wrong with the new one has been tried."""
+    """Deletes the old run in `output_dir` when training begins, after all checks of the new one."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -46,10 +46,10 @@ def run_training(
     unigram_entropy: float | None = None,
     loss_name: str = "loss (nats per predicted token)",
 ) -> dict[str, float]:
-    """Train, and leave in `output_dir` the model, its metrics, `run.json` and the loss curve.
+    """Train, and write the model, its metrics, `run.json` and the loss curve into `output_dir`.
 
     Args:
-        checkpoint: to go on from, or None.
+        checkpoint: to resume from, or None.
         kind: "pre-training" or "healing".
         data_args: the text, for `run.json`.
         unigram_entropy, loss_name: see `save_loss_curve`.
@@ -67,7 +67,6 @@ def run_training(
     restore_use_cache(config)
     evaluation = trainer.finish(metrics)
     if trainer.is_world_process_zero():
-        sharing = [name for name in (config.attention_scheme, config.depth_sharing) if name != "none"]
-        title = f"{type(trainer.model).__name__} ({', '.join(sharing)}), {kind}"
+        title = f"{type(trainer.model).__name__} ({', '.join(config.sharing_names)}), {kind}"
         save_loss_curve(args.output_dir, trainer.state.log_history, unigram_entropy, title, loss_name)
     return {**metrics, **evaluation}

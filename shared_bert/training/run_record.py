@@ -1,4 +1,4 @@
-"""What a run was: its text, its options and its versions, for whoever finds the folder, and for the model card."""
+"""The record of a run in its folder: its text, its options and its versions, which the model card shows."""
 
 import json
 from importlib.metadata import version
@@ -17,7 +17,7 @@ _TRAINING = (
 
 
 class RunRecorder(TrainerCallback):
-    """Writes `run.json` into the output folder when training begins. No token, and no path but the text's, is in it.
+    """Writes `run.json` into the output folder when training begins, without tokens or paths other than the text's.
 
     Args:
         kind: "pre-training" or "healing".

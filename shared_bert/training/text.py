@@ -1,4 +1,4 @@
-"""From the arguments of a recipe to the blocks of tokens that it trains on."""
+"""From the arguments of a recipe to its blocks of tokens."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -13,7 +13,7 @@ from .arguments import DataArguments, PretrainingArguments
 
 
 def check_streaming(data_args: DataArguments, training_args: PretrainingArguments):
-    """Raise a ValueError where a stream could not be trained on."""
+    """Raise a ValueError for options that do not go with a stream."""
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError(f"streaming=true has no end: max_steps={training_args.max_steps} must be above 0")
     if data_args.streaming and training_args.dataloader_num_workers > 1:
@@ -47,7 +47,7 @@ def _pack_split(split: str, documents, tokenizer: PreTrainedTokenizerBase, data_
     workers = data_args.preprocessing_num_workers
     try:
         blocks = pack(documents, tokenizer, data_args.block_size, data_args.separate_documents, num_proc=workers)
-        next(iter(blocks))  # a stream shows only now that it does not fill one block
+        next(iter(blocks))  # raises for a stream that does not fill one block
         return blocks
     except ValueError as error:
         raise ValueError(f"{split} text: {error}") from error
@@ -62,7 +62,7 @@ def block_datasets(blocks: dict[str, Dataset | IterableDataset]) -> dict[str, to
 
 
 class EndlessBlocks(torch.utils.data.IterableDataset):
-    """A stream that starts again where it ends: one epoch for Trainer, which cannot resume in a later one."""
+    """A stream that starts again at its end: one epoch for Trainer, which cannot resume a stream in a later one."""
 
     def __init__(self, dataset: IterableDataset):
         self.blocks = StreamedBlocks(dataset)

@@ -1,4 +1,4 @@
-"""How much arithmetic training takes, and how much of it a device could do."""
+"""The arithmetic of training, and the peak of a device."""
 
 import time
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..modeling.depth_sharing import DepthSharing
 from ..modeling.projections import SharedLinear
 
-# Dense bfloat16 FLOP/s from the data sheets; the first name that the device's contains counts.
+# Dense bfloat16 FLOP/s from the data sheets; the first name that the device's name contains is used.
 _DATASHEET = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
@@ -19,8 +19,8 @@ def training_flops_per_token(model: PreTrainedModel, sequence_length: int, predi
     A token takes B + p·H + 2·L·n·d multiply-adds forward: B the elements of the base model's matrices, H those of
     the head's, p the share of positions that the head predicts, and 2·n·d for the logits and the weighted sum of
     attention in each of L layers of width d over n tokens. A multiply-add is 2 operations, and backward takes twice
-    forward: 6 in all. Embeddings are looked up and count nothing; masked-out attention counts in full. A matrix that
-    layers share counts in each of them; to assemble it takes nothing per token.
+    forward: 6 in all. Embeddings are looked up and not counted; masked attention counts in full. A matrix that layers
+    share counts in each of them; assembling it takes nothing per token.
 
     Args:
         sequence_length: n, tokens per row.

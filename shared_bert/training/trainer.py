@@ -1,4 +1,4 @@
-"""`Trainer` with whole checkpoints, exact resumption, a stop at the first NaN, and its speed in the log."""
+"""`Trainer` with whole checkpoints, exact resumption, a stop at the first NaN, and the speed in the log."""
 
 import math
 import os
@@ -28,7 +28,7 @@ def uses_fsdp(args: TrainingArguments) -> bool:
 
 
 class _FiniteLosses(TrainerCallback):
-    """Calls `check` before losses are logged, evaluated or saved, as Trainer's own callback has decided by then."""
+    """Calls `check` before losses are logged, evaluated or saved, which Trainer's own callback has decided by then."""
 
     def __init__(self, check: Callable[[], None]):
         self.check = check
@@ -41,28 +41,28 @@ class _FiniteLosses(TrainerCallback):
 
 
 class SafeTrainer(CheckpointPushes, Trainer):
-    """`Trainer` that resumes exactly, saves whole models only, and stops where training diverges.
+    """`Trainer` that resumes exactly, saves whole models only, and stops if training diverges.
 
     A checkpoint is whole when its `trainer_state.json` is there, which Trainer writes last. The trained model is
     whole when the `config.json` of `output_dir` is there. A loss or a weight that is NaN or infinite ends the run
     with a `FloatingPointError` before it is saved.
 
-    Weight decay is for tensors of two or more dimensions: matrices and embeddings, not diagonals, biases or norms.
-    The coefficients of ``masa``, and the network that makes them, have none either.
+    Weight decay applies to tensors of two or more dimensions: matrices and embeddings, not diagonals, biases or norms.
+    It does not apply to the coefficients of ``masa`` and the network that makes them.
 
     Args:
-        save_more: called with the folder of the trained model, to write into it what goes with the model.
+        save_more: called with the folder of the trained model, to add files to it.
     """
 
     def __init__(self, *args, save_more: Callable[[Path], None] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_FiniteLosses(self._check_finite))
         self._save_more = save_more
-        # Kept on the device, which is not waited for at every step.
+        # On the device, so that no step waits for it.
         self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
 
     def create_accelerator_and_postprocess(self):
-        # Accelerate overlooks FSDP in processes on CPUs, where FSDP2 runs as well: the type is set to one it knows.
+        # Accelerate ignores FSDP for processes on CPUs, although FSDP2 runs there: the type is set to one it accepts.
         if uses_fsdp(self.args) and self.args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
             self.args.distributed_state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
@@ -75,7 +75,7 @@ class SafeTrainer(CheckpointPushes, Trainer):
         ]
 
     def get_batch_samples(self, *args, **kwargs):
-        # Resumed from its last step, a run has nothing left to do, but Trainer would do one step more.
+        # A run that is resumed from its last step is finished, but Trainer would do one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
@@ -98,19 +98,19 @@ class SafeTrainer(CheckpointPushes, Trainer):
                 raise
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Save the model: as it is into a checkpoint, else whole or not at all, and with fixed coefficients."""
+        """Save the model: unchanged into a checkpoint, else whole or not at all, with fixed coefficients."""
         self._check_finite(with_weights=True)
         folder = Path(output_dir or self.args.output_dir)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             if self.args.should_save:
-                # Of an older checkpoint of this step; with it, the new one would be taken for whole too early.
+                # Left by an older checkpoint of this step, it would mark the new one as whole too early.
                 Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
             super().save_model(output_dir, _internal_call)
             return
         unfinished = folder / UNFINISHED
         with self._writing(folder, unfinished):
             if self.args.should_save:
-                shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run left
+                shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
                 unfinished.mkdir(parents=True)
             super().save_model(str(unfinished), _internal_call=True)
             if self.args.should_save:
@@ -122,17 +122,17 @@ class SafeTrainer(CheckpointPushes, Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Save the trained model, evaluate it, and save the metrics of both and the state.
+        """Save the trained model, evaluate it, and save the metrics and the state.
 
         Returns:
             The metrics of the evaluation.
         """
-        self.save_model(_internal_call=True)  # to be pushed when its metrics are there
+        self.save_model(_internal_call=True)  # it is pushed later, with its metrics
         evaluation = self.evaluate()
         output_dir = Path(self.args.output_dir)
         with self._writing(output_dir, output_dir / UNFINISHED):
             if self.is_world_process_zero():
-                # Trainer reads this file before it writes it, and could not if it was cut off.
+                # Trainer reads this file before it writes it, which fails if it is incomplete.
                 Path(output_dir, "all_results.json").unlink(missing_ok=True)
             self.save_metrics("train", metrics)
             self.save_metrics("eval", evaluation)
@@ -141,7 +141,7 @@ class SafeTrainer(CheckpointPushes, Trainer):
 
     @contextmanager
     def _writing(self, folder: Path, unfinished: Path) -> Iterator[None]:
-        if not self.args.should_save:  # what the first process writes is not this one's to remove
+        if not self.args.should_save:  # only the process that writes a folder may remove it
             yield
             return
         try:
@@ -151,7 +151,7 @@ class SafeTrainer(CheckpointPushes, Trainer):
             raise OSError(f"{error}; {self._last_good_checkpoint()}") from error
 
     def _check_finite(self, with_weights: bool = False):
-        """Raise the FloatingPointError of all processes, whichever of them had the loss."""
+        """Raise a FloatingPointError in all processes if one has a loss or weights that are NaN or infinite."""
         first_bad = {"loss is": self._first_bad_step}
         if with_weights:
             parameters = (p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters())
@@ -177,10 +177,10 @@ class SafeTrainer(CheckpointPushes, Trainer):
 
 
 class TimedTrainer(SafeTrainer):
-    """`SafeTrainer` whose log has the speed of training on rows of tokens, `input_ids` [batch, seq].
+    """`SafeTrainer` that logs the speed of training on rows of tokens, `input_ids` [batch, seq].
 
-    `tokens_per_second` is that of all processes, without evaluation and saving; `mfu` is the share of the devices'
-    peak FLOP/s that this amounts to (see `training_flops_per_token`).
+    `tokens_per_second` counts all processes, and excludes evaluation and saving; `mfu` is the share of the devices'
+    peak FLOP/s that is used (see `training_flops_per_token`).
     """
 
     def __init__(self, *args, **kwargs):
@@ -219,9 +219,9 @@ class TimedTrainer(SafeTrainer):
 
 
 class EpochSetter(TrainerCallback):
-    """Tells the data set which epoch begins: in runs of several processes, accelerate tells the sampler only.
+    """Tells the data set which epoch begins: with several processes, accelerate tells the sampler only.
 
-    Without it the masks of every epoch would be the first one's.
+    Without it every epoch would have the masks of the first.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):

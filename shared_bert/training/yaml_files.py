@@ -1,4 +1,4 @@
-"""YAML and JSON files of keys and values, and the check that every key means something."""
+"""YAML and JSON files of keys and values, and the check for unknown keys."""
 
 import difflib
 import re
@@ -27,7 +27,7 @@ def load_mapping(path: str | Path) -> dict[str, Any]:
     """Read a YAML or JSON file that holds one mapping.
 
     Raises:
-        ValueError: the file is missing, not YAML, or holds something else.
+        ValueError: the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
         content = load_yaml(Path(path).read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def check_keys(given: Iterable[str], valid: Collection[str], where: str):
     """Raise a ValueError for a key that is not valid.
 
     Raises:
-        ValueError: naming the key, the place it stands in and the nearest valid key.
+        ValueError: naming the key, its place and the nearest valid key.
     """
     for key in given:
         if key not in valid:

@@ -170,7 +170,7 @@ def test_what_cannot_be_packed_is_refused(tokenizer, bert):
     with pytest.raises(ValueError, match="at least 8 tokens, not 7"):
         pack(dataset(WORDS), tokenizer, 7)
     for texts, found in (["cat"], r"[23] tokens"), ([""], "0 tokens"):
-        with pytest.raises(ValueError, match=f"holds {found}, which do not fill one block of 64"):
+        with pytest.raises(ValueError, match=f"has {found}, which do not fill one block of 64"):
             pack(dataset(texts), tokenizer, 64)
     with pytest.raises(ValueError, match="do not fill"):
         list(pack(dataset(["cat"]).to_iterable_dataset(), tokenizer, 64))

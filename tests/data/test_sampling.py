@@ -30,7 +30,7 @@ def test_no_more_is_read_than_needed(bert):
 
 
 def test_too_little_text_is_refused(bert):
-    with pytest.raises(ValueError, match="holds 0 tokens, which do not fill one block of 16"):
+    with pytest.raises(ValueError, match="has 0 tokens, which do not fill one block of 16"):
         calibration_batches(Dataset.from_dict({"text": ["", " "]}), bert, num_tokens=32, block_size=16)
     with pytest.raises(ValueError, match="num_tokens=0 must be at least 1"):
         calibration_batches(Dataset.from_dict({"text": ["the cat"]}), bert, num_tokens=0, block_size=16)

@@ -97,7 +97,7 @@ def test_neither_split_is_empty(share, tmp_path):
 
 
 def test_one_document_cannot_be_split(tmp_path):
-    with pytest.raises(ValueError, match="too few to split"):
+    with pytest.raises(ValueError, match="too few for a validation split"):
         load_documents(train_file=write(tmp_path, "a.txt"))
 
 

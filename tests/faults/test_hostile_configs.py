@@ -107,7 +107,7 @@ def test_a_value_that_is_set_later_is_checked_too(kind, tmp_path):
     with pytest.raises(ValueError, match="'hidden_size' expected int, got str"):
         config.hidden_size = "wide"
     config.num_atoms = 2
-    with pytest.raises(ValueError, match="num_atoms=2 has no meaning with depth_sharing='none'"):
+    with pytest.raises(ValueError, match="num_atoms=2 does not go with depth_sharing='none'"):
         config.save_pretrained(tmp_path)
 
 

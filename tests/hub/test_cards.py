@@ -23,7 +23,7 @@ def test_a_class_of_ones_own(hub, saved):
     assert {"own_model.py", "modeling_shared_bert.py", "attention.py", "README.md"} <= set(files)
     card = files["README.md"].decode()
     assert yaml.safe_load(card.split("---\n", 2)[1])["pipeline_tag"] == "fill-mask"
-    assert "`OwnModel` is no class of the package" in card
+    assert "`OwnModel` is not a class of the package" in card
 
 
 def test_a_fine_tuned_model_does_not_take_over_results(hub, saved):

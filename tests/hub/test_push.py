@@ -166,7 +166,7 @@ def test_a_pull_request_leaves_main_alone(hub, saved):
 def test_a_public_repository_does_not_take_what_is_private(hub, saved):
     model, _ = saved("bert")
     model.push_to_hub(REPO)
-    with pytest.raises(ValueError, match="somebody/model is there already, and public"):
+    with pytest.raises(ValueError, match="somebody/model already exists and is public"):
         model.push_to_hub(REPO, private=True)
     assert len(hub.repositories[REPO].messages) == 2
 
@@ -238,7 +238,7 @@ def test_what_the_hub_says_is_told(hub, saved):
 def test_a_hub_that_is_gone(hub, saved, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     model, _ = saved("bert")
-    with hub.fault(".", CUT), pytest.raises(PushError, match="does not say what it holds now"):
+    with hub.fault(".", CUT), pytest.raises(PushError, match="what the Hub holds now is not known"):
         model.push_to_hub(REPO)
 
 
@@ -261,7 +261,7 @@ def test_a_commit_by_somebody_else_is_not_overwritten(hub, saved, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"repo_id": "a/b/c"}, "'a/b/c' is no name of a repository"), ({"tag": "v1"}, "has a tag 'v1' already")],
+    [({"repo_id": "a/b/c"}, "'a/b/c' is not a valid name of a repository"), ({"tag": "v1"}, "already has a tag 'v1'")],
 )
 def test_what_is_refused_before_an_upload(hub, saved, options, said):
     model, _ = saved("bert")

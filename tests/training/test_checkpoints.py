@@ -61,7 +61,7 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(ValueError, match="no whole checkpoint"):
         checkpoint_to_resume(str(tmp_path), "true", overwrite=False)
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="it is not a folder"):
         checkpoint_to_resume(str(tmp_path), str(tmp_path / "absent"), overwrite=False)
 
 

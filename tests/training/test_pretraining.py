@@ -118,7 +118,7 @@ def test_a_stream_that_is_no_use_replaces_nothing(tmp_path):
     run_here(tmp_path, max_steps=1)
     (tmp_path / "other.txt").write_text("the fox hunts .\nthe dog barks .\nthe owl sees .")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"train text: the corpus holds .* do not fill one block of 32"):
+    with pytest.raises(ValueError, match=r"train text: the corpus has .* do not fill one block of 32"):
         run_here(
             tmp_path, train_file=str(tmp_path / "other.txt"), validation_file=str(tmp_path / "text.txt"),
             streaming=True, overwrite_output_dir=True,
