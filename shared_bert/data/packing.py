@@ -79,6 +79,7 @@ def pack(
         )
         return IterableDataset.from_generator(partial(_stream_rows, tokens, fill), features=features)
 
+    # `datasets` has no public name for the hash of a data set's contents.
     tokens_key = Hasher.hash([PACKING_VERSION, documents._fingerprint, _serialized(tokenizer), whole])
     blocks_key = Hasher.hash([tokens_key, block_size, cut, tokenizer.pad_token_id, separate_documents])
 

@@ -20,6 +20,7 @@ class CheckpointPushes:
     training lack both, and contain `training_args.bin`, a pickle that may hold a token. `SafeTrainer` is a subclass.
     """
 
+    # An internal method of Trainer: its callbacks run before a checkpoint's push, and cannot replace it.
     def _push_from_checkpoint(self, checkpoint_folder: str):
         """Push a checkpoint in the background. An error becomes a warning, and training continues.
 
@@ -32,9 +33,10 @@ class CheckpointPushes:
             return
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        jobs = [] if self.push_in_progress is None or self.push_in_progress.is_done() else self.push_in_progress.jobs
         of_all = args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
-        if jobs and not (args.hub_always_push or of_all):
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress()
+        elif not (args.hub_always_push or of_all):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         branches = [args.hub_revision]
@@ -49,8 +51,8 @@ class CheckpointPushes:
                 logger.warning("%s is not pushed: %s", checkpoint_folder, error)
                 return
             message = f"Training in progress, step {step}"
-            jobs.append(hf_api().run_as_future(_push, folder, self.hub_model_id, message, branch, args.hub_token))
-        self.push_in_progress = PushInProgress(jobs)
+            job = hf_api().run_as_future(_push, folder, self.hub_model_id, message, branch, args.hub_token)
+            self.push_in_progress.jobs.append(job)
 
     def push_to_hub(
         self,
@@ -74,7 +76,8 @@ class CheckpointPushes:
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self._finish_current_push()
+        if self.push_in_progress is not None:
+            self.push_in_progress.wait_until_done()
         folder = TemporaryDirectory()
         stage_checkpoint(self.args.output_dir, folder.name, self.hub_model_id, revision)
         push = (folder, self.hub_model_id, commit_message, revision, token)

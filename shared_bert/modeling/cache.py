@@ -29,6 +29,7 @@ class OneStream:
 class SharedKeyValueLayer(OneStream, DynamicLayer):
     """A growing cache layer of one stream."""
 
+    # transformers' registry of cache layers: caches find the class by a config's `layer_types`.
     _layer_type = SHARED_KEY_VALUE
 
     def update(self, key_states, value_states, *args, **kwargs):

@@ -160,7 +160,7 @@ class HealingTrainer(TimedTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+            return self.compute_loss(model, inputs), None, None
 
 
 def _parameters_without_gradient(model: PreTrainedModel) -> list[torch.nn.Parameter]:

@@ -97,6 +97,7 @@ class SafeTrainer(CheckpointPushes, Trainer):
             with self._writing(checkpoint, checkpoint):
                 raise
 
+    # `_internal_call` is Trainer's own parameter: true in calls that should not push.
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Save the model: unchanged into a checkpoint, else whole or not at all, with fixed coefficients."""
         self._check_finite(with_weights=True)
