@@ -83,7 +83,7 @@ class _Heads:
 
     def __init__(self, layers: list[SchemeLayer], config: SharedAttentionConfig, root: torch.Tensor | None):
         self.config = config
-        names = [name for linear in config.shared_maps for name in config.matrix_widths(linear)]
+        names = list(config.shared_widths)
         self.matrices = {name: self._by_head(layers, name, root) for name in names}
         number = config.num_attention_heads
         self.places = torch.arange(number, device=self.matrices[names[0]].device)

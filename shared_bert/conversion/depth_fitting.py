@@ -132,9 +132,7 @@ def share_depth(
         spread_rank: see `from_stock`.
     """
     remainders = {
-        name: torch.stack([layer.matrices[name].weight for layer in layers])
-        for linear in config.shared_maps
-        for name in config.matrix_widths(linear)
+        name: torch.stack([layer.matrices[name].weight for layer in layers]) for name in config.shared_widths
     }
     fits = {}
     if config.depth_sharing != "low_rank":
@@ -178,21 +176,21 @@ def _factors(
 
 
 def _with_spread_ranks(config: SharedAttentionConfig, factors: dict[str, list[Factors]]) -> SharedAttentionConfig:
-    widths = {name: width for linear in config.shared_maps for name, width in config.matrix_widths(linear).items()}
-    gains = [[factors[name][layer][0] for name in widths] for layer in range(config.num_hidden_layers)]
-    ranks = spread_ranks(gains, config.rank, [width + config.hidden_size for width in widths.values()])
+    gains = [[factors[name][layer][0] for name in config.shared_widths] for layer in range(config.num_hidden_layers)]
+    costs = [width + config.hidden_size for width in config.shared_widths.values()]
+    ranks = spread_ranks(gains, config.rank, costs)
     return type(config).from_dict({**config.to_dict(), "rank": None, "layer_ranks": ranks})
 
 
 def _write_factors(model: PreTrainedModel, factors: dict[str, list[Factors]]):
     config = model.config
     for layer, attention in enumerate(attention_layers(model)):
-        for linear in config.shared_maps:
-            module = getattr(attention, linear)
+        for map_name in config.shared_maps:
+            module = getattr(attention, map_name)
             if config.depth_sharing != "low_rank":
                 module = module.residual
             if module is not None:
-                _write_low_rank(module, [factors[name][layer] for name in config.matrix_widths(linear)])
+                _write_low_rank(module, [factors[name][layer] for name in config.matrix_widths(map_name)])
 
 
 def _write_low_rank(module: LowRankLinear, factors: list[Factors]):

@@ -147,9 +147,9 @@ class SharedAttentionConfig(PreTrainedConfig):
             return ()
         return ("projection", "output") if self.depth_shared_matrices == "qkvo" else ("projection",)
 
-    def matrix_widths(self, linear: str) -> dict[str, int]:
+    def matrix_widths(self, map_name: str) -> dict[str, int]:
         """Return the widths of the matrices in the "projection" or the "output", by name."""
-        if linear == "output":
+        if map_name == "output":
             return {"o": self.hidden_size}
         key_value_size = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
         return {
@@ -157,13 +157,18 @@ class SharedAttentionConfig(PreTrainedConfig):
             for matrix in self.scheme.matrices
         }
 
-    def matrix_ranks(self, layer_idx: int, linear: str) -> list[int]:
+    @property
+    def shared_widths(self) -> dict[str, int]:
+        """The widths of the matrices that `depth_sharing` applies to, by name."""
+        return {name: width for shared in map(self.matrix_widths, self.shared_maps) for name, width in shared.items()}
+
+    def matrix_ranks(self, layer_idx: int, map_name: str) -> list[int]:
         """Return the ranks of the low-rank matrices in a layer's "projection" or "output"; 0 for none."""
         number = len(self.scheme.matrices)
         if self.layer_ranks is not None:
             ranks = self.layer_ranks[layer_idx]
-            return ranks[number:] if linear == "output" else ranks[:number]
-        return [self.rank or 0] * len(self.matrix_widths(linear))
+            return ranks[number:] if map_name == "output" else ranks[:number]
+        return [self.rank or 0] * len(self.matrix_widths(map_name))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -253,7 +258,7 @@ class SharedAttentionConfig(PreTrainedConfig):
     def _check_layer_ranks(self):
         if self.rank is not None:
             raise ValueError(f"rank={self.rank} and layer_ranks exclude each other: give one of the two")
-        number = sum(len(self.matrix_widths(linear)) for linear in self.shared_maps)
+        number = len(self.shared_widths)
         shape = f"num_hidden_layers={self.num_hidden_layers} lists of {number} ranks"
         if len(self.layer_ranks) != self.num_hidden_layers or any(len(row) != number for row in self.layer_ranks):
             raise ValueError(f"layer_ranks={self.layer_ranks} must be {shape}")

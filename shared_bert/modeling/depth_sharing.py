@@ -142,8 +142,7 @@ class DepthSharing(nn.ModuleDict):
     """All shared matrices of a model by their names in the scheme (`Scheme.matrices`), and "o" for the output."""
 
     def __init__(self, config):
-        widths = {name: width for linear in config.shared_maps for name, width in config.matrix_widths(linear).items()}
-        super().__init__({name: SharedMatrix(config, width) for name, width in widths.items()})
+        super().__init__({name: SharedMatrix(config, width) for name, width in config.shared_widths.items()})
         self.config = config
         self.mode_changes = 0
 
@@ -151,8 +150,8 @@ class DepthSharing(nn.ModuleDict):
         """Return the shared weights of each layer: its projection's [rows, hidden] and, if shared, its output's."""
         made = {name: matrix() for name, matrix in self.items()}
         maps = []
-        for linear in self.config.shared_maps:
-            parts = zip(*(made[name] for name in self.config.matrix_widths(linear)), strict=True)
+        for map_name in self.config.shared_maps:
+            parts = zip(*(made[name] for name in self.config.matrix_widths(map_name)), strict=True)
             # With device_map="auto" the matrices of one map may lie on several devices.
             maps.append([torch.cat([p.to(part[0].device) for p in part]) if part[1:] else part[0] for part in parts])
         weights = list(zip(*maps, strict=True))

@@ -91,6 +91,6 @@ def make_linear(config, layer_idx: int, name: str) -> nn.Module:
     sharing = config.depth_sharing if name in config.shared_maps else "none"
     if sharing == "none":
         return nn.Linear(config.hidden_size, sum(widths.values()), bias=config.attention_bias)
-    linear = LowRankLinear if sharing == "low_rank" else SharedLinear
+    cls = LowRankLinear if sharing == "low_rank" else SharedLinear
     ranks = config.matrix_ranks(layer_idx, name)
-    return linear(config.hidden_size, list(widths.values()), ranks, bias=config.attention_bias)
+    return cls(config.hidden_size, list(widths.values()), ranks, bias=config.attention_bias)
