@@ -8,8 +8,11 @@ from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
-from shared_bert.training import ModelArguments, parse_recipe
+from shared_bert.data.tasks import GLUE
+from shared_bert.evaluation.glue import GlueArguments
+from shared_bert.training import FinetuningArguments, ModelArguments, parse_recipe
 from shared_bert.training.models import config_fields, make_model
+from shared_bert.training.recipe import parse_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -37,6 +40,15 @@ def test_pretraining_recipes_parse_and_build(path):
     model = build(model_args)
     assert data_args.block_size <= model.config.max_position_embeddings
     assert training_args.output_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", files("finetune"))
+def test_finetuning_recipes_parse(path):
+    glue_args, training_args = parse_arguments(
+        [str(path), "--model", "any", "--use_cpu"], (GlueArguments, FinetuningArguments)
+    )
+    assert training_args.output_dir == f"runs/{path.stem}"
+    assert glue_args.task_names == list(GLUE)
 
 
 @pytest.mark.parametrize("path", files("accelerate"))

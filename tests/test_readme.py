@@ -86,6 +86,16 @@ def test_options_of_pretraining_are_valid(monkeypatch):
         parse_recipe([*arguments, "--use_cpu", "true", "--bf16", "false"])
 
 
+def test_options_of_finetuning_are_valid(monkeypatch):
+    from shared_bert.evaluation.glue import GlueArguments
+    from shared_bert.training import FinetuningArguments
+    from shared_bert.training.recipe import parse_arguments
+
+    monkeypatch.chdir(ROOT)
+    for arguments in commands("finetune.py"):
+        parse_arguments([*arguments, "--use_cpu", "true"], (GlueArguments, FinetuningArguments))
+
+
 @pytest.mark.parametrize("script", ["convert.py", "push_to_hub.py", "benchmark.py", "convert_minilm.py"])
 def test_options_are_valid(script):
     parse = runpy.run_path(str(ROOT / "scripts" / script))["parse"]
@@ -106,7 +116,7 @@ def test_depth_sharings_are_listed():
 
 
 def test_every_recipe_is_listed():
-    for recipe in (ROOT / "configs" / "pretrain").glob("*.yaml"):
+    for recipe in (*(ROOT / "configs" / "pretrain").glob("*.yaml"), *(ROOT / "configs" / "finetune").glob("*.yaml")):
         assert f"`{recipe.name}`" in DOCUMENTS["configs/README.md"]
 
 

@@ -1,9 +1,16 @@
 """Pre-training on `transformers.Trainer`."""
 
 try:
-    from .arguments import ConversionArguments, DataArguments, ModelArguments, PretrainingArguments
+    from .arguments import (
+        ConversionArguments,
+        DataArguments,
+        FinetuningArguments,
+        ModelArguments,
+        PretrainingArguments,
+    )
     from .checkpoints import last_checkpoint
     from .converting import convert, convert_and_heal
+    from .finetuning import FinetuningTrainer, finetune
     from .healing import heal
     from .pretraining import pretrain
     from .recipe import parse_recipe
@@ -15,12 +22,15 @@ except ModuleNotFoundError as error:
 __all__ = [
     "ConversionArguments",
     "DataArguments",
+    "FinetuningArguments",
+    "FinetuningTrainer",
     "ModelArguments",
     "PretrainingArguments",
     "PretrainingTrainer",
     "SafeTrainer",
     "convert",
     "convert_and_heal",
+    "finetune",
     "heal",
     "last_checkpoint",
     "parse_recipe",

@@ -137,29 +137,18 @@ class ConversionArguments:
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for pre-training.
+class RunArguments(TrainingArguments):
+    """`TrainingArguments` of every run of this package.
 
     Raises:
-        ValueError: no output_dir; resume_from_checkpoint with overwrite_output_dir; options that would break the
-            batches.
+        ValueError: no output_dir; resume_from_checkpoint with overwrite_output_dir; a negative seed.
     """
 
     overwrite_output_dir: bool = _argument(False, "Replace the run that output_dir holds.")
-    learning_rate: float = _argument(1e-4, "The peak learning rate.")
-    weight_decay: float = _argument(0.01, "Decay of tensors of two or more dimensions.")
-    # The collators read columns (index, epoch) that the model does not take.
-    remove_unused_columns: bool = _argument(False, "Drop what the model does not take before collation.")
-    # Every parameter of these models has a gradient in every step; searching for others costs time.
-    ddp_find_unused_parameters: bool | None = _argument(False, "Search for parameters without a gradient.")
     # The filter waits for the device at every step, and hides the losses that `SafeTrainer` stops at.
     logging_nan_inf_filter: bool = _argument(False, "Leave losses out of the log that are NaN or infinite.")
     # The other processes wait this long while the first one tokenizes.
     ddp_timeout: int = _argument(6 * 3600, "Seconds that processes wait for one another.")
-    # Batches contain plain numbers as well as tensors, which one process cannot split for the others.
-    accelerator_config: dict | str | None = field(
-        default_factory=lambda: {"dispatch_batches": False}, metadata={"help": "Of accelerate: a dict or a JSON file."}
-    )
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit the Hub's token from `training_args.bin`, which Trainer pickles into every checkpoint."""
@@ -174,13 +163,6 @@ class PretrainingArguments(TrainingArguments):
             )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=true would drop columns that the collators need: omit it")
-        if self.dataloader_persistent_workers:
-            raise ValueError(
-                "dataloader_persistent_workers=true would mask every epoch like the first, since such workers are "
-                "not told the epoch: omit it"
-            )
         super().__post_init__()
         self.dataloader_pin_memory &= self.device.type != "cpu"
 
@@ -189,3 +171,50 @@ class PretrainingArguments(TrainingArguments):
         device = super().device
         # In one of several processes it is cpu:N, onto which no checkpoint can be loaded.
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+@dataclass
+class PretrainingArguments(RunArguments):
+    """`TrainingArguments` with defaults for pre-training and healing.
+
+    Raises:
+        ValueError: see `RunArguments`; options that would break the batches.
+    """
+
+    learning_rate: float = _argument(1e-4, "The peak learning rate.")
+    weight_decay: float = _argument(0.01, "Decay of tensors of two or more dimensions.")
+    # The collators read columns (index, epoch) that the model does not take.
+    remove_unused_columns: bool = _argument(False, "Drop what the model does not take before collation.")
+    # Every parameter of these models has a gradient in every step; searching for others costs time.
+    ddp_find_unused_parameters: bool | None = _argument(False, "Search for parameters without a gradient.")
+    # Batches contain plain numbers as well as tensors, which one process cannot split for the others.
+    accelerator_config: dict | str | None = field(
+        default_factory=lambda: {"dispatch_batches": False}, metadata={"help": "Of accelerate: a dict or a JSON file."}
+    )
+
+    def __post_init__(self):
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=true would drop columns that the collators need: omit it")
+        if self.dataloader_persistent_workers:
+            raise ValueError(
+                "dataloader_persistent_workers=true would mask every epoch like the first, since such workers are "
+                "not told the epoch: omit it"
+            )
+        super().__post_init__()
+
+
+@dataclass
+class FinetuningArguments(RunArguments):
+    """`TrainingArguments` with defaults for fine-tuning."""
+
+    learning_rate: float = _argument(2e-5, "The peak learning rate.")
+    head_learning_rate: float | None = _argument(None, "Of parameters outside the base model; else learning_rate.")
+    weight_decay: float = _argument(0.01, "Decay of tensors of two or more dimensions.")
+    warmup_steps: float = _argument(0.1, "Steps of warm-up, or below 1 their share of all steps.")
+    per_device_train_batch_size: int = _argument(32, "Rows per device and step.")
+    per_device_eval_batch_size: int = _argument(64, "Rows per device in evaluation.")
+    # Rows of similar lengths need little padding.
+    train_sampling_strategy: str = _argument("group_by_length", "random, group_by_length or sequential.")
+    eval_strategy: str = _argument("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = _argument("no", "When to save checkpoints: no, steps or epoch.")
+    logging_strategy: str = _argument("epoch", "When to log: no, steps or epoch.")

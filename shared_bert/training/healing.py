@@ -16,7 +16,7 @@ from ..data import collate_blocks
 from ..data.packing import PADDING
 from .arguments import DataArguments, PretrainingArguments
 from .run import run_training, starting_checkpoint
-from .text import block_datasets, check_streaming, pack_documents, read_documents
+from .text import block_datasets, check_streaming, describe_text, pack_documents, read_documents
 from .trainer import TimedTrainer, uses_fsdp
 
 
@@ -74,7 +74,8 @@ def heal(
     )
     predicts_tokens = family_of(model.config).is_language_model(model)
     loss_name = "error of states + KL divergence (nats)" if predicts_tokens else "error of states"
-    metrics = run_training(trainer, checkpoint, "healing", data_args, loss_name=loss_name)
+    text = describe_text(data_args)
+    metrics = run_training(trainer, checkpoint, "healing", text, data_args.block_size, loss_name=loss_name)
     for parameter in unused:
         parameter.requires_grad_(True)
     if trainer.is_world_process_zero():

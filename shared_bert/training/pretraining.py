@@ -20,7 +20,7 @@ from .arguments import DataArguments, ModelArguments, PretrainingArguments
 from .metrics import accuracy_of, likeliest_tokens
 from .models import config_fields, make_model
 from .run import run_training, starting_checkpoint
-from .text import block_datasets, check_streaming, pack_documents, read_documents
+from .text import block_datasets, check_streaming, describe_text, pack_documents, read_documents
 from .trainer import PretrainingTrainer
 
 _TOKENIZER_KINDS = {"mlm": "wordpiece", "clm": "byte_bpe"}
@@ -79,7 +79,8 @@ def pretrain(
     if is_main:
         _print_model_and_text(model, data_args, statistics)
     entropy = None if statistics is None else statistics.unigram_entropy
-    metrics = run_training(trainer, checkpoint, "pre-training", data_args, entropy)
+    text = describe_text(data_args)
+    metrics = run_training(trainer, checkpoint, "pre-training", text, data_args.block_size, entropy)
     if is_main:
         _print_results(metrics, entropy, training_args.output_dir)
     if training_args.push_to_hub:

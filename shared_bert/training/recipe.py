@@ -1,6 +1,6 @@
 """Recipes: YAML files of arguments, and the command line that overrides them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,40 +20,57 @@ _REPLACED_BY = {
 }
 
 
-def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
-    """Read `[RECIPE.yaml] [--option value ...]` into the arguments of `pretrain`.
-
-    Options override the recipe, and a source of text, a model or a tokenizer replaces the recipe's of another kind;
-    only the `config_overrides` of both are merged. A `config_name` in the recipe is looked up in the current folder
-    first, then in the recipe's.
+def parse_arguments(
+    arguments: Sequence[str],
+    dataclasses: Sequence[type],
+    adapt: Callable[[dict[str, Any], set[str], Path], None] | None = None,
+) -> tuple:
+    """Read `[RECIPE.yaml] [--option value ...]` into dataclasses; options override the recipe.
 
     Args:
         arguments: of the command line, without the program's name.
+        adapt: changes the recipe in place, given the names of the options and the recipe's folder.
 
     Raises:
         ValueError: an unknown key or option, or a value of the wrong type.
     """
-    parser = RaisingParser(_DATACLASSES, allow_abbrev=False)
-    valid = {field.name for dataclass in _DATACLASSES for field in fields(dataclass)}
-    recipe = {}
+    parser = RaisingParser(dataclasses, allow_abbrev=False)
+    valid = {field.name for dataclass in dataclasses for field in fields(dataclass)}
     if arguments and not arguments[0].startswith("-"):
         recipe_path, *arguments = arguments
         recipe = load_mapping(recipe_path)
         check_keys(recipe, valid, recipe_path)
-        for option in {_option_name(a) for a in arguments if a.startswith("--")} & _REPLACED_BY.keys():
-            for key in _REPLACED_BY[option]:
-                recipe.pop(key, None)
-        _find_config(recipe, Path(recipe_path).parent)
+        if adapt is not None:
+            adapt(recipe, {_option_name(a) for a in arguments if a.startswith("--")}, Path(recipe_path).parent)
         # As strings, numbers are checked like those of the command line.
         parser.set_defaults(**{k: str(v) if type(v) in (int, float) else v for k, v in recipe.items()})
-    model_args, data_args, training_args, rest = parser.parse_args_into_dataclasses(
+    *parsed, rest = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
         check_keys([_option_name(rest[0])], valid, "command line")
         raise ValueError(f"command line: {rest[0]!r} is not an option; write --name value")
-    overrides = recipe.get("config_overrides") or {}
-    overrides = read_overrides(overrides) if isinstance(overrides, str) else overrides
+    return tuple(parsed)
+
+
+def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
+    """Read `[RECIPE.yaml] [--option value ...]` into the arguments of `pretrain`; see `parse_arguments`.
+
+    A source of text, a model or a tokenizer among the options replaces the recipe's of another kind; the
+    `config_overrides` of both are merged. A `config_name` in the recipe is looked up in the current folder first, then
+    in the recipe's.
+    """
+    overrides = {}
+
+    def adapt(recipe: dict[str, Any], options: set[str], folder: Path):
+        for option in options & _REPLACED_BY.keys():
+            for key in _REPLACED_BY[option]:
+                recipe.pop(key, None)
+        _find_config(recipe, folder)
+        stated = recipe.get("config_overrides") or {}
+        overrides.update(read_overrides(stated) if isinstance(stated, str) else stated)
+
+    model_args, data_args, training_args = parse_arguments(arguments, _DATACLASSES, adapt)
     model_args.config_overrides = {**overrides, **(model_args.config_overrides or {})}
     return model_args, data_args, training_args
 

@@ -1,10 +1,12 @@
 """A run of training, from its first checkpoint to the saved model, its metrics and its loss curve."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
-from .arguments import DataArguments, PretrainingArguments
+from ..modeling import SharedAttentionConfig
+from .arguments import RunArguments
 from .checkpoints import checkpoint_to_resume, remove_run
 from .loss_curve import save_loss_curve
 from .models import restore_use_cache
@@ -12,7 +14,7 @@ from .run_record import RunRecorder
 from .trainer import SafeTrainer, uses_fsdp
 
 
-def starting_checkpoint(training_args: PretrainingArguments) -> str | None:
+def starting_checkpoint(training_args: RunArguments) -> str | None:
     """Return the checkpoint that a run starts from, or None for a new run.
 
     Raises:
@@ -42,7 +44,8 @@ def run_training(
     trainer: SafeTrainer,
     checkpoint: str | None,
     kind: str,
-    data_args: DataArguments,
+    data: dict[str, Any],
+    block_size: int | None = None,
     unigram_entropy: float | None = None,
     loss_name: str = "loss (nats per predicted token)",
 ) -> dict[str, float]:
@@ -50,8 +53,7 @@ def run_training(
 
     Args:
         checkpoint: to resume from, or None.
-        kind: "pre-training" or "healing".
-        data_args: the text, for `run.json`.
+        kind, data, block_size: for `run.json`; see `RunRecorder`.
         unigram_entropy, loss_name: see `save_loss_curve`.
 
     Returns:
@@ -60,13 +62,14 @@ def run_training(
     args, config = trainer.args, trainer.model.config
     if args.overwrite_output_dir:
         trainer.add_callback(_RunRemover)
-    trainer.add_callback(RunRecorder(kind, data_args))
+    trainer.add_callback(RunRecorder(kind, data, block_size))
     if checkpoint and trainer.is_world_process_zero():
         print(f"resuming from {checkpoint}", flush=True)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     restore_use_cache(config)
     evaluation = trainer.finish(metrics)
     if trainer.is_world_process_zero():
-        title = f"{type(trainer.model).__name__} ({', '.join(config.sharing_names)}), {kind}"
+        names = config.sharing_names if isinstance(config, SharedAttentionConfig) else [config.model_type]
+        title = f"{type(trainer.model).__name__} ({', '.join(names)}), {kind}"
         save_loss_curve(args.output_dir, trainer.state.log_history, unigram_entropy, title, loss_name)
     return {**metrics, **evaluation}

@@ -3,13 +3,13 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
-from .arguments import DataArguments, PretrainingArguments
+from .arguments import RunArguments
 
 RUN_RECORD = "run.json"
-_DATA = ("dataset_name", "dataset_config_name", "train_file", "mlm_probability", "whole_word_mask")
 _TRAINING = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "bf16", "seed",
@@ -17,25 +17,28 @@ _TRAINING = (
 
 
 class RunRecorder(TrainerCallback):
-    """Writes `run.json` into the output folder when training begins, without tokens or paths other than the text's.
+    """Writes `run.json` into the output folder when training begins, without tokens or paths other than the data's.
 
     Args:
-        kind: "pre-training" or "healing".
+        kind: "pre-training", "healing" or "fine-tuning".
+        data: names of the data and options of its preparation.
+        block_size: tokens per row; None where rows differ.
     """
 
-    def __init__(self, kind: str, data_args: DataArguments):
+    def __init__(self, kind: str, data: dict[str, Any], block_size: int | None):
         self.kind = kind
-        self.data_args = data_args
+        self.data = data
+        self.block_size = block_size
 
-    def on_train_begin(self, args: PretrainingArguments, state, control, **kwargs):
+    def on_train_begin(self, args: RunArguments, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         record = {
             "kind": self.kind,
-            "data": {name: getattr(self.data_args, name) for name in _DATA},
-            "block_size": self.data_args.block_size,
-            "tokens_per_step": rows * self.data_args.block_size,
+            "data": self.data,
+            "block_size": self.block_size,
+            "tokens_per_step": None if self.block_size is None else rows * self.block_size,
             "training": {name: getattr(args, name) for name in _TRAINING},
             "versions": {name: version(name) for name in ("shared_bert", "transformers", "torch")},
         }

@@ -12,6 +12,12 @@ from ..data import Blocks, StreamedBlocks, load_documents, pack
 from .arguments import DataArguments, PretrainingArguments
 
 
+def describe_text(data_args: DataArguments) -> dict[str, Any]:
+    """Return the fields of the text that `run.json` records."""
+    names = ("dataset_name", "dataset_config_name", "train_file", "mlm_probability", "whole_word_mask")
+    return {name: getattr(data_args, name) for name in names}
+
+
 def check_streaming(data_args: DataArguments, training_args: PretrainingArguments):
     """Raise a ValueError for options that do not go with a stream."""
     if data_args.streaming and training_args.max_steps <= 0:

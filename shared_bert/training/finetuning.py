@@ -1,0 +1,144 @@
+"""Fine-tuning on a task of classification or regression."""
+
+from collections.abc import Collection
+from typing import Any
+
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
+from transformers.utils import logging
+
+from ..data.tasks import Task, tokenize_task
+from .arguments import FinetuningArguments
+from .metrics import task_metrics
+from .run import run_training, starting_checkpoint
+from .trainer import SafeTrainer
+
+
+class FinetuningTrainer(SafeTrainer):
+    """`SafeTrainer` with an optional learning rate for the head: all parameters outside the base model."""
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if (rate := self.args.head_learning_rate) is None:
+            return optimizer
+        model = self.accelerator.unwrap_model(self.model)
+        base = {id(parameter) for parameter in model.base_model.parameters()}
+        for group in list(optimizer.param_groups):
+            head = [parameter for parameter in group["params"] if id(parameter) not in base]
+            if head:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) in base]
+                optimizer.add_param_group({**group, "params": head, "lr": rate})
+        return optimizer
+
+
+def load_classifier(
+    name_or_path: str, task: Task, tokenizer: PreTrainedTokenizerBase, config_overrides: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """Load a model of this package or of transformers with a head for the labels of `task`; a new one if it has none.
+
+    Args:
+        name_or_path: a folder, or a name on the Hub.
+        config_overrides: config fields, such as dropouts.
+
+    Raises:
+        ValueError: an unknown config field, damaged weights, or a tokenizer with more tokens than the model.
+        OSError: the model does not exist, or has no weights in safetensors.
+    """
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    for name in config_overrides or {}:
+        if name not in config.__dataclass_fields__:
+            raise ValueError(f"config_overrides: a {config.model_type} has no field {name!r}")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
+    names = task.labels or ("score",)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    problem_type = "single_label_classification" if task.labels else "regression"
+    fields = {**labels, "problem_type": problem_type, "pad_token_id": tokenizer.pad_token_id}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a report of the weights of the old head, for every run
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            name_or_path,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # the head of another task is replaced
+            dtype="float32",
+            **fields,
+            **(config_overrides or {}),
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{name_or_path} cannot be loaded, its weights are damaged: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def finetune(
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    splits: dict[str, Dataset],
+    training_args: FinetuningArguments,
+    max_length: int = 128,
+    padding: bool | str = False,
+    config_overrides: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fine-tune a model on a task, and save it with its tokenizer into `output_dir`.
+
+    Args:
+        name_or_path: see `load_classifier`.
+        splits: rows with the task's columns: "train", and the splits of `task.validation`.
+        max_length, padding: see `tokenize_task`.
+        data: names of the data, for `run.json`.
+
+    Returns:
+        `metrics` of training and of the last evaluation, and `epochs`, the metrics of each evaluation in turn.
+
+    Raises:
+        ValueError, OSError: see `load_classifier`.
+        FloatingPointError: training diverged.
+    """
+    checkpoint = starting_checkpoint(training_args)
+    metrics = task_metrics(task.metrics, task.labels is None)
+    with training_args.main_process_first(local=False, desc="tokenizing"):
+        tokens = {split: tokenize_task(rows, task, tokenizer, max_length, padding) for split, rows in splits.items()}
+    set_seed(training_args.seed)
+    model = load_classifier(name_or_path, task, tokenizer, config_overrides)
+    trainer = FinetuningTrainer(
+        model=model,
+        args=training_args,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        train_dataset=tokens["train"],
+        eval_dataset=_evaluation_sets(tokens, task.validation),
+        compute_metrics=metrics,
+    )
+    trainer.remove_callback(PrinterCallback)  # many short runs: their results are printed, not every log
+    final = run_training(trainer, checkpoint, "fine-tuning", {"dataset_name": None, **(data or {})}, loss_name="loss")
+    return {"metrics": final, "epochs": evaluations(trainer.state.log_history)}
+
+
+def _evaluation_sets(tokens: dict[str, Dataset], splits: Collection[str]) -> Dataset | dict[str, Dataset]:
+    """Return the evaluation set, or several by the ends of their names: "matched", "mismatched"."""
+    if len(splits) == 1:
+        return tokens[next(iter(splits))]
+    return {split.removeprefix("validation_"): tokens[split] for split in splits}
+
+
+def evaluations(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return the metrics of each evaluation in training, without the last one, which repeats the one before."""
+    by_step = {}
+    for log in log_history:
+        found = {name: value for name, value in log.items() if name.startswith("eval_")}
+        if found:
+            by_step.setdefault(log["step"], {"step": log["step"], "epoch": log["epoch"]}).update(found)
+    return list(by_step.values())

@@ -1,0 +1,224 @@
+"""GLUE: every task runs and resumes, and its table is what one computes by hand."""
+
+import statistics
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, EvalPrediction
+
+import shared_bert
+from shared_bert.data.tasks import GLUE, check_split, load_glue, tokenize_task
+from shared_bert.evaluation.glue import GlueArguments, glue_table, run_glue
+from shared_bert.training import FinetuningArguments, FinetuningTrainer
+from shared_bert.training.metrics import TASK_METRICS, task_metrics
+
+from ..conftest import TINY, tiny_model
+
+WORDS = ("the fox hunts", "the dog barks", "the owl sees", "the cat naps")
+
+
+@pytest.fixture
+def glue(tmp_path):
+    """A folder with few rows of every task."""
+    generator = np.random.default_rng(0)
+    for name, task in GLUE.items():
+        for split, number in (("train", 12), *((split, 6) for split in task.validation)):
+            rows = {column: [WORDS[i] for i in generator.integers(4, size=number)] for column in task.texts}
+            numbers = generator.integers(len(task.labels or "123456"), size=number)
+            dataset = Dataset.from_dict(
+                {**rows, "label": numbers if task.labels else numbers / 1.0, "idx": range(number)}
+            )
+            if task.labels:
+                dataset = dataset.cast_column("label", ClassLabel(names=list(task.labels)))
+            (tmp_path / "glue" / name).mkdir(parents=True, exist_ok=True)
+            dataset.to_parquet(tmp_path / "glue" / name / f"{split}.parquet")
+    return tmp_path / "glue"
+
+
+@pytest.fixture
+def saved(tokenizers, tmp_path):
+    def saved(kind):
+        if kind == "stock":
+            model = BertForMaskedLM(BertConfig(**TINY | {"vocab_size": 320}))
+        else:
+            model = tiny_model(kind, vocab_size=320)
+        model.save_pretrained(tmp_path / "model")
+        tokenizers["gpt" if kind == "gpt" else "bert"].save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    return saved
+
+
+def run(model, glue, tmp_path, training=None, **options):
+    arguments = GlueArguments(model=model, data_dir=str(glue), max_length=16, **options)
+    fields = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    return run_glue(arguments, FinetuningArguments(output_dir=str(tmp_path / "out"), **fields, **(training or {})))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt", "stock"])
+def test_every_task_runs(kind, saved, glue, tmp_path):
+    records = run(saved(kind), glue, tmp_path)
+    assert [record["task"] for record in records] == list(GLUE)
+    for record in records:
+        assert len(record["epochs"]) == 2
+        assert record["score"] == next(iter(record["metrics"].values()))
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / record["task"] / "seed-0")
+        labels = GLUE[record["task"]].labels or ("score",)
+        assert tuple(model.config.id2label.values()) == labels
+    mnli = next(record for record in records if record["task"] == "mnli")
+    assert list(mnli["metrics"]) == ["matched_accuracy", "mismatched_accuracy"]
+    assert (tmp_path / "out" / "glue.png").stat().st_size > 0
+    assert (tmp_path / "out" / "glue.md").read_text().count("|") > 20
+
+
+def test_an_interrupted_command_goes_on(saved, glue, tmp_path, monkeypatch):
+    model = saved("bert")
+    run(model, glue, tmp_path, tasks="rte", seeds="0,1")
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()}
+    assert len(first) == 2
+    records = run(model, glue, tmp_path, tasks="rte,mrpc", seeds="0,1")
+    assert [(record["task"], record["seed"]) for record in records] == [
+        ("mrpc", 0),
+        ("mrpc", 1),
+        ("rte", 0),
+        ("rte", 1),
+    ]
+    assert all(path.stat().st_mtime_ns == time for path, time in first.items())
+    with pytest.raises(ValueError, match=r"has results with learning_rate=2e-05, not 0.1"):
+        run(model, glue, tmp_path, training={"learning_rate": 0.1}, tasks="rte")
+
+
+def test_a_task_that_fails_does_not_stop_the_others(saved, glue, tmp_path):
+    path = str(glue / "stsb" / "train.parquet")
+    Dataset.from_parquet(path).map(lambda row: {"label": float("inf")}).to_parquet(path)
+    with pytest.raises(ValueError, match=r"^stsb failed: .*NaN or infinite"):
+        run(saved("bert"), glue, tmp_path, tasks="stsb,mrpc")
+    assert [path.name for path in (tmp_path / "out" / "records").iterdir()] == ["mrpc-0.json"]
+    assert "mrpc" in (tmp_path / "out" / "glue.md").read_text()
+
+
+def test_seeds_differ_and_repeat(saved, glue, tmp_path):
+    model = saved("bert")
+    first = run(model, glue, tmp_path, tasks="stsb", seeds="0,1")
+    assert first[0]["epochs"] != first[1]["epochs"]
+    (tmp_path / "out" / "records" / "stsb-1.json").unlink()
+    again = run(model, glue, tmp_path, tasks="stsb", seeds="0,1")
+    assert again[1]["epochs"][-1]["eval_loss"] == pytest.approx(first[1]["epochs"][-1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": "sst"}, "'sst' is not a GLUE task; the nearest is 'sst2'"),
+        ({"seeds": "0,one"}, "seeds='0,one' must be numbers"),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        GlueArguments(model="any", **options)
+
+
+def test_rows_are_checked(glue):
+    rows = Dataset.from_parquet(str(glue / "rte" / "train.parquet"))
+
+    def write(changed):
+        changed.to_parquet(glue / "rte" / "validation.parquet")
+
+    write(rows.remove_columns("sentence2"))
+    with pytest.raises(ValueError, match="rte, validation: there is no column 'sentence2'"):
+        load_glue("rte", glue)
+    write(rows.select([]))
+    with pytest.raises(ValueError, match=r"validation.parquet cannot be read: .*no data"):
+        load_glue("rte", glue)
+    with pytest.raises(ValueError, match="any: there are no rows"):
+        check_split(rows.select([]), GLUE["rte"], "any")
+    plain = rows.cast_column("label", Dataset.from_dict({"label": [0]}).features["label"])
+    write(plain.map(lambda row: {"label": -1}))
+    with pytest.raises(ValueError, match="rte, validation: all labels are -1"):
+        load_glue("rte", glue)
+    write(plain.map(lambda row: {"label": 7}))
+    with pytest.raises(ValueError, match="the labels 7 are not from 0 to 1"):
+        load_glue("rte", glue)
+    write(rows.cast_column("label", ClassLabel(names=["not_entailment", "entailment"])))
+    with pytest.raises(ValueError, match="the labels are not_entailment, entailment, not entailment, not_entailment"):
+        load_glue("rte", glue)
+    (glue / "rte" / "validation.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no file validation.parquet"):
+        load_glue("rte", glue)
+
+
+def test_a_pair_is_one_row(glue, tokenizers):
+    rows = load_glue("rte", glue)["train"]
+    tokens = tokenize_task(rows, GLUE["rte"], tokenizers["bert"], max_length=12)
+    for row, found in zip(rows, tokens, strict=True):
+        expected = tokenizers["bert"](row["sentence1"], row["sentence2"], truncation=True, max_length=12)
+        assert found == {**expected, "labels": row["label"], "length": len(expected["input_ids"])}
+    padded = tokenize_task(rows, GLUE["rte"], tokenizers["bert"], max_length=12, padding="max_length")
+    assert set(padded["length"]) == {12}
+
+
+def test_metrics_are_those_of_the_definitions():
+    generator = np.random.default_rng(0)
+    labels, logits = generator.integers(2, size=50), generator.normal(size=(50, 2))
+    found = task_metrics(["accuracy", "f1", "matthews_correlation"], False)(EvalPrediction(logits, labels))
+    predictions = logits.argmax(1)
+    tp, tn = ((predictions == v) & (labels == v) for v in (1, 0))
+    fp, fn = (predictions > labels).sum(), (predictions < labels).sum()
+    tp, tn = tp.sum(), tn.sum()
+    assert found["accuracy"] == pytest.approx((tp + tn) / 50)
+    assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    root = np.sqrt(float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
+    assert found["matthews_correlation"] == pytest.approx((tp * tn - fp * fn) / root)
+
+    targets, numbers = generator.normal(size=50), generator.normal(size=(50, 1))
+    found = task_metrics(["pearson", "spearmanr"], True)(EvalPrediction(numbers, targets))
+    assert found["pearson"] == pytest.approx(np.corrcoef(numbers[:, 0], targets)[0, 1])
+    ranks = [values.argsort().argsort() for values in (numbers[:, 0], targets)]
+    assert found["spearmanr"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert task_metrics(["pearson"], True)(EvalPrediction(np.ones((50, 1)), targets)) == {"pearson": 0.0}
+    with pytest.raises(ValueError, match="'acuracy' is not a metric; the nearest is 'accuracy'"):
+        task_metrics(["acuracy"], False)
+
+
+@pytest.mark.parametrize("name", TASK_METRICS)
+def test_metrics_are_those_of_evaluate(name):
+    evaluate = pytest.importorskip("evaluate")
+    try:
+        metric = evaluate.load(name)
+    except Exception as error:  # whatever the client meets without a network
+        pytest.skip(f"evaluate cannot load {name}: {type(error).__name__}")
+    labels, predictions = np.arange(20) % 2, np.arange(20) % 3 % 2
+    (expected,) = metric.compute(predictions=predictions, references=labels).values()
+    assert TASK_METRICS[name](predictions, labels) == pytest.approx(float(expected))
+
+
+def test_a_table_by_hand():
+    def records(model, accuracies):
+        return [
+            {"task": task, "seed": i, "score": a} for task, found in accuracies.items() for i, a in enumerate(found)
+        ]
+
+    first = {"sst2": [0.9, 0.92], "rte": [0.6, 0.7]}
+    second = {"sst2": [0.8]}
+    table = glue_table({"one": records("one", first), "two": records("two", second)})
+    assert table.splitlines() == [
+        "| model | sst2 (accuracy) | rte (accuracy) | mean |",
+        "|---|---|---|---|",
+        f"| one | 91.00 ± {statistics.stdev([90, 92]):.2f} | 65.00 ± {statistics.stdev([60, 70]):.2f} | 78.00 |",
+        "| two | 80.00 |  |  |",
+    ]
+
+
+def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
+    model = tiny_model("bert", shared_bert.SharedBertForSequenceClassification)
+    args = FinetuningArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-5, head_learning_rate=1e-3)
+    args.eval_strategy = "no"
+    optimizer = FinetuningTrainer(model=model, args=args).create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == (1e-3 if name.startswith("classifier") else 1e-5)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays[id(model.classifier.weight)] == 0.01
+    assert decays[id(model.classifier.bias)] == 0
