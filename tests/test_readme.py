@@ -96,7 +96,9 @@ def test_options_of_finetuning_are_valid(monkeypatch):
         parse_arguments([*arguments, "--use_cpu", "true"], (GlueArguments, FinetuningArguments))
 
 
-@pytest.mark.parametrize("script", ["convert.py", "push_to_hub.py", "benchmark.py", "convert_minilm.py"])
+@pytest.mark.parametrize(
+    "script", ["convert.py", "push_to_hub.py", "benchmark.py", "convert_minilm.py", "evaluate.py"]
+)
 def test_options_are_valid(script):
     parse = runpy.run_path(str(ROOT / "scripts" / script))["parse"]
     for arguments in commands(script):

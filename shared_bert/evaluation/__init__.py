@@ -1,6 +1,7 @@
 """Measurements: a model's cost, speed and quality."""
 
 from .efficiency import StepSettings, TrainingStep, compare_decoding, compare_training_steps, environment, peak_memory
+from .likelihood import blimp_accuracy, perplexity, sentence_scores
 from .parameters import Cost, cost_table, load_config, model_cost
 from .sentence_similarity import sentence_embeddings, similarity_spearman
 
@@ -8,6 +9,7 @@ __all__ = [
     "Cost",
     "StepSettings",
     "TrainingStep",
+    "blimp_accuracy",
     "compare_decoding",
     "compare_training_steps",
     "cost_table",
@@ -15,6 +17,8 @@ __all__ = [
     "load_config",
     "model_cost",
     "peak_memory",
+    "perplexity",
     "sentence_embeddings",
+    "sentence_scores",
     "similarity_spearman",
 ]

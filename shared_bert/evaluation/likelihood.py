@@ -1,0 +1,213 @@
+"""How likely a text is to a language model: sentences, minimal pairs (BLiMP), and perplexity."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..conversion.families import Family, family_of
+from ..modeling.losses import IGNORED
+
+
+def sentence_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    within_word: bool = False,
+    batch_size: int = 128,
+) -> list[float]:
+    """Return the log-likelihood in nats of each sentence under a decoder, its pseudo-log-likelihood under an encoder.
+
+    A decoder's is that of the tokens after the tokenizer's BOS or EOS token; as in lm-eval, a space comes first. An
+    encoder's is the sum over the tokens of their log-probability where they are masked, one at a time (Salazar et al.,
+    arXiv 1910.14659).
+
+    Args:
+        model: a language model of this package or its stock counterpart, in eval mode.
+        within_word: mask the later tokens of a token's word as well (Kauf & Ivanova, arXiv 2305.10588); for encoders.
+        batch_size: rows of one forward; an encoder takes a row for every token.
+
+    Raises:
+        ValueError: a model without a head over the vocabulary, `within_word` with a decoder, or a sentence that is
+            longer than the model's positions.
+    """
+    family = family_of(model.config)
+    if family.objective == "clm":
+        if within_word:
+            raise ValueError("within_word is for encoders: a decoder sees no later token")
+        rows = [_decoder_row(tokenizer, sentence) for sentence in sentences]
+    else:
+        rows = [
+            row for i, sentence in enumerate(sentences) for row in _encoder_rows(tokenizer, sentence, within_word, i)
+        ]
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(
+            f"a sentence has {longest} tokens, more than {model.config.max_position_embeddings} positions"
+        )
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # similar lengths need little padding
+    scores = [0.0] * len(sentences)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        totals = _row_scores(model, family, [rows[i] for i in indices], tokenizer.pad_token_id or 0)
+        for i, total in zip(indices, totals, strict=True):
+            scores[rows[i].get("sentence", i)] += total
+    return scores
+
+
+def _decoder_row(tokenizer: PreTrainedTokenizerBase, sentence: str) -> dict[str, Any]:
+    ids = tokenizer(f" {sentence}", add_special_tokens=False)["input_ids"]
+    return {"input_ids": [start_token(tokenizer), *ids[:-1]], "labels": ids}
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token before a text: BOS, else EOS.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError(f"{type(tokenizer).__name__} has neither bos_token nor eos_token, which a text starts after")
+
+
+def _encoder_rows(
+    tokenizer: PreTrainedTokenizerBase, sentence: str, within_word: bool, index: int
+) -> Iterator[dict[str, Any]]:
+    encoded = tokenizer(sentence)
+    ids, words = encoded["input_ids"], encoded.word_ids()
+    for place, word in enumerate(words):
+        if word is None:  # a special token
+            continue
+        masked, labels = list(ids), [IGNORED] * len(ids)
+        labels[place] = ids[place]
+        for later in range(place, len(ids) if within_word else place + 1):
+            if words[later] == word:
+                masked[later] = tokenizer.mask_token_id
+        yield {"input_ids": masked, "labels": labels, "sentence": index}
+
+
+@torch.no_grad()
+def _row_scores(model: PreTrainedModel, family: Family, rows: list[dict[str, Any]], pad_token_id: int) -> list[float]:
+    """Return the sum of the log-probabilities of each row's labels; a label is predicted at its own place."""
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(column: str, filling: int) -> torch.Tensor:
+        return torch.tensor(
+            [row[column] + [filling] * (length - len(row[column])) for row in rows], device=model.device
+        )
+
+    labels = padded("labels", IGNORED)
+    is_text = torch.tensor(
+        [[1] * len(r["labels"]) + [0] * (length - len(r["labels"])) for r in rows], device=model.device
+    )
+    states = model.base_model(input_ids=padded("input_ids", pad_token_id), attention_mask=is_text).last_hidden_state
+    predicted = labels != IGNORED
+    losses = torch.zeros(labels.shape, device=model.device)
+    logits = family.predict(model, states[predicted]).float()
+    losses[predicted] = cross_entropy(logits, labels[predicted], reduction="none")
+    return (-losses.double().sum(1)).tolist()
+
+
+def blimp_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[Mapping[str, str]],
+    within_word: bool = False,
+    batch_size: int = 128,
+) -> dict[str, dict[str, float]]:
+    """Return the share of minimal pairs whose grammatical sentence is likelier (Warstadt et al., arXiv 1912.00582).
+
+    Args:
+        pairs: rows with `sentence_good`, `sentence_bad`, `UID` and, if there is one, `linguistics_term`.
+        within_word, batch_size: see `sentence_scores`.
+
+    Returns:
+        "overall", "by_phenomenon" (of `linguistics_term`) and "by_paradigm" (of `UID`): accuracies by name, of which
+        "overall" has the mean over all pairs.
+
+    Raises:
+        ValueError: no pairs; see `sentence_scores`.
+    """
+    pairs = list(pairs)
+    if not pairs:
+        raise ValueError("there are no pairs of sentences")
+    sentences = [pair[column] for column in ("sentence_good", "sentence_bad") for pair in pairs]
+    scores = sentence_scores(model, tokenizer, sentences, within_word, batch_size)
+    right = [good > bad for good, bad in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
+
+    def accuracy(column: str) -> dict[str, float]:
+        groups = {}
+        for pair, is_right in zip(pairs, right, strict=True):
+            groups.setdefault(pair.get(column, "all"), []).append(is_right)
+        return {name: sum(found) / len(found) for name, found in sorted(groups.items())}
+
+    return {
+        "overall": {"accuracy": sum(right) / len(right), "pairs": len(pairs)},
+        "by_phenomenon": accuracy("linguistics_term"),
+        "by_paradigm": accuracy("UID"),
+    }
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    stride: int | None = None,
+    window: int | None = None,
+) -> dict[str, float]:
+    """Return the perplexity of a decoder on texts, each by itself, in overlapping windows.
+
+    Args:
+        window: tokens that the model reads at once; None takes as many as it can.
+        stride: tokens that each window predicts; all others are context. None takes half a window; a whole window is
+            the cheapest, and the perplexity the highest.
+
+    Returns:
+        `per_token` and `per_word` perplexity (words end at white space), `nats_per_token`, and the numbers of `tokens`
+        and `words`.
+
+    Raises:
+        ValueError: an encoder, a stride or window out of range, or no text.
+    """
+    if family_of(model.config).objective != "clm":
+        raise ValueError(f"perplexity is for decoders: a {type(model).__name__} predicts masked tokens")
+    most = model.config.max_position_embeddings
+    window = most if window is None else window
+    stride = max(window // 2, 1) if stride is None else stride
+    if not 1 <= stride <= window <= most:
+        raise ValueError(f"{stride=} and {window=} must be in order: 1, stride, window, {most} positions")
+    start = start_token(tokenizer)
+    total, tokens, words = 0.0, 0, 0
+    for text in texts:
+        ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        words += len(text.split())
+        tokens += len(ids) - 1
+        first = 1  # the next token to predict
+        while first < len(ids):
+            # The first window has no context to spare.
+            last = min(first + (window if first == 1 else stride), len(ids))
+            begin = max(last - 1 - window, 0)
+            total += _window_loss(model, ids[begin:last], last - first)
+            first = last
+    if tokens == 0:
+        raise ValueError("the texts have no tokens")
+    return {
+        "per_token": math.exp(total / tokens),
+        "per_word": math.exp(total / words) if words else math.inf,
+        "nats_per_token": total / tokens,
+        "tokens": tokens,
+        "words": words,
+    }
+
+
+@torch.no_grad()
+def _window_loss(model: PreTrainedModel, ids: list[int], predicted: int) -> float:
+    """Return the sum of the losses of the last `predicted` tokens, each from those before it."""
+    row = torch.tensor([ids], device=model.device)
+    logits = model(row[:, :-1], logits_to_keep=predicted).logits[0].float()
+    return float(cross_entropy(logits, row[0, -predicted:], reduction="sum").double())
