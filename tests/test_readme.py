@@ -4,8 +4,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 import shared_bert
 from shared_bert.modeling.configuration_shared_attention import DEPTH_SHARING
 from tests.conftest import tiny_model
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = {
@@ -60,7 +59,7 @@ def quickstart_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_code_runs_by_itself(code, quickstart_folder):
-    run = subprocess.run([sys.executable, "-c", code], cwd=quickstart_folder, capture_output=True, text=True)
+    run = run_python("-c", code, cwd=quickstart_folder)
     assert run.returncode == 0, run.stderr
 
 
@@ -107,8 +106,7 @@ def test_options_are_valid(script):
 
 def test_the_counting_command_runs():
     (arguments,) = commands("count_parameters.py")
-    command = [sys.executable, "scripts/count_parameters.py", *arguments]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = run_python("scripts/count_parameters.py", *arguments, cwd=ROOT)
     assert "attention" in run.stdout, run.stderr
 
 

@@ -76,8 +76,11 @@ def test_as_a_source_of_documents(libraries, streaming):
 
 
 @pytest.mark.slow
-def test_the_real_documentation():
+def test_the_real_documentation(monkeypatch):
+    """Of two libraries: all of them take a minute, which the quickstart spends."""
+    monkeypatch.setattr(python_docs, "LIBRARIES", {"numpy": "numpy", "networkx": "networkx"})
     docs = load_python_docs()
-    assert sum(len(text.split()) for text in docs["text"]) > 1_000_000
-    assert {"python", "torch", "transformers", "numpy"} <= set(docs.features["label"].names)
+    assert sum(len(text.split()) for text in docs["text"]) > 500_000
+    assert set(docs["label"]) == {0, 1, 2}
+    assert docs.features["label"].names == ["python", "numpy", "networkx"]
     assert len(set(docs["text"])) == len(docs)

@@ -1,7 +1,5 @@
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 from datasets import Dataset
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
 from shared_bert.data import check_tokenizer, load_tokenizer, train_tokenizer
+from tests.processes import run_python
 
 TEXT = "The unbelievable cat, walking near a Tree!"
 
@@ -53,7 +52,7 @@ def test_saved_tokenizer_loads_as_itself(name, with_config, request, tmp_path):
         "from transformers import AutoTokenizer; import json, sys; t = AutoTokenizer.from_pretrained(sys.argv[1]);"
         "print(json.dumps([type(t).__name__, dict(t(sys.argv[2])), t.model_max_length]))"
     )
-    run = subprocess.run([sys.executable, "-c", code, tmp_path, TEXT], capture_output=True, text=True, check=True)
+    run = run_python("-c", code, tmp_path, TEXT)
     assert json.loads(run.stdout) == [type(tokenizer).__name__, dict(tokenizer(TEXT)), 32]
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
     assert load_tokenizer(tmp_path)(TEXT) == tokenizer(TEXT)
@@ -65,7 +64,7 @@ def test_same_corpus_same_vocabulary_in_another_process(corpus, bert, tmp_path):
         "import json, sys, datasets; from shared_bert.data import train_tokenizer;"
         "d = datasets.load_from_disk(sys.argv[1]); print(json.dumps(train_tokenizer('wordpiece', d, 120, 32).vocab))"
     )
-    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    run = run_python("-c", code, tmp_path)
     assert json.loads(run.stdout) == bert.get_vocab()
 
 

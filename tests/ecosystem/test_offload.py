@@ -17,7 +17,7 @@ accelerate = pytest.importorskip("accelerate", reason="needs the package acceler
 def test_weights_that_are_elsewhere_are_not_converted(kind, convert):
     model = random_model(kind, **ATTENTION["masa_network"])
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="offloaded: load it whole first"):
+    with pytest.raises(ValueError, match="offloaded: load all of them first"):
         convert(model)
 
 

@@ -1,14 +1,13 @@
 """The benchmark compares like with like, and its numbers hang together."""
 
 import json
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from shared_bert.evaluation import StepSettings, TrainingStep, compare_training_steps
+from shared_bert.evaluation import StepSettings, TrainingStep, compare_training_steps, efficiency, peak_memory
 from tests.conftest import TINY
 
 SHAPE = tuple(TINY.items())
@@ -53,66 +52,70 @@ def test_depth_sharing_is_measured_against_the_same_model_without(task):
 
 
 @pytest.mark.slow
-def test_the_result_is_consistent():
+def test_memory_is_that_of_the_step_alone():
+    small = StepSettings("mlm", 2, 16, "shared", model_fields=SHAPE)
+    large = replace(small, model_fields=tuple({**TINY, "hidden_size": 1024}.items()))
+    parameters = TrainingStep(large).model.num_parameters()
+    held = torch.zeros(2**26)  # of the process that asks: not counted
+    memory = [peak_memory(settings) for settings in (small, large)]
+    assert memory[0] < held.numel() * 4
+    assert memory[1] - memory[0] > 4 * 4 * parameters / 2  # weights, gradients and two moments, half of them at least
+
+
+@pytest.fixture
+def without_memory(monkeypatch):
+    """Memory is measured in processes of its own, which take long to start."""
+    monkeypatch.setattr(efficiency, "peak_memory", lambda settings: 1 + (settings.attention_scheme == "shared"))
+
+
+def test_the_result_is_consistent(without_memory):
     settings = StepSettings("mlm", 2, 16, "shared", model_fields=SHAPE)
     compared = {"stock": replace(settings, attention_scheme=None), "shared": settings}
     row = compare_training_steps(compared, rounds=3, warmup=1)
     seconds = row["seconds_per_step"]
     assert row["speedup"] == seconds["stock"] / seconds["shared"]
     assert row["tokens_per_second"]["shared"] == pytest.approx(32 / seconds["shared"])
-    assert min(row["peak_memory_bytes"].values()) > 0
+    assert row["peak_memory_bytes"] == {"stock": 1, "shared": 2}
+    assert row["memory_ratio"] == 2
 
 
-@pytest.mark.slow
-def test_the_overhead_of_depth_sharing_is_written_down(tmp_path):
+def run_script(pytestconfig, *arguments) -> int:
+    return runpy.run_path(str(pytestconfig.rootpath / "scripts" / "benchmark.py"))["main"]([*map(str, arguments)])
+
+
+def test_the_overhead_of_depth_sharing_is_written_down(without_memory, pytestconfig, tmp_path, capsys):
     output = tmp_path / "depth.json"
     fields = ",".join(f"{name}={value}" for name, value in SHAPE)
     sharing = "depth_sharing=masa,num_atoms=2,coefficient_source=network"
-    run = subprocess.run(
-        [
-            *(sys.executable, "scripts/benchmark.py", "depth", "--shapes", "2x16", "--rounds", "1"),
-            *("--model_fields", fields, "--sharing", sharing, "--output", output),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    options = ["--shapes", "2x16", "--rounds", "1", "--model_fields", fields, "--sharing", sharing]
+    assert run_script(pytestconfig, "depth", *options, "--output", output) == 0
     (row,) = json.loads(output.read_text())["results"]
     seconds = row["seconds_per_step"]
     assert row["overhead"] == pytest.approx(seconds["shared"] / seconds["own"] - 1)
     assert dict(row["settings"]["shared"]["model_fields"])["depth_sharing"] == "masa"
     assert "depth_sharing" not in dict(row["settings"]["own"]["model_fields"])
-    assert f"{row['overhead']:.1%}" in run.stdout
+    assert f"{row['overhead']:.1%}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_decoding_is_written_down(tmp_path):
+def test_decoding_is_written_down(pytestconfig, tmp_path, capsys):
     output = tmp_path / "decode.json"
     fields = ",".join(f"{name}={value}" for name, value in SHAPE)
-    run = subprocess.run(
-        [
-            *(sys.executable, "scripts/benchmark.py", "decode", "--shapes", "2x5", "--rounds", "3"),
-            *("--new_tokens", "4", "--model_fields", fields),
-            *("--sharing", "depth_sharing=masa,num_atoms=1", "--output", output),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    options = ["--shapes", "2x5", "--rounds", "3", "--new_tokens", "4", "--model_fields", fields]
+    options += ["--sharing", "depth_sharing=masa,num_atoms=1", "--output", output]
+    assert run_script(pytestconfig, "decode", *options) == 0
     (row,) = json.loads(output.read_text())["results"]
     seconds = row["seconds_per_token"]
     assert row["speedup"] == pytest.approx(seconds["own"] / seconds["shared"])
     assert dict(row["settings"]["shared"]["model_fields"])["num_atoms"] == 1
-    assert f"{row['speedup']:.2f}x" in run.stdout
+    assert f"{row['speedup']:.2f}x" in capsys.readouterr().out
 
 
-def test_a_wrong_option_is_named():
-    run = subprocess.run(
-        [sys.executable, "scripts/benchmark.py", "train", "--scheme", "sharde"], capture_output=True, text=True
-    )
-    assert run.returncode == 2
-    assert "sharde" in run.stderr
-    assert "shared_kv" in run.stderr
+def test_a_wrong_option_is_named(pytestconfig, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_script(pytestconfig, "train", "--scheme", "sharde")
+    error = capsys.readouterr().err
+    assert "sharde" in error
+    assert "shared_kv" in error
 
 
 def test_the_kept_results_name_where_they_come_from(pytestconfig):

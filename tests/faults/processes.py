@@ -1,9 +1,5 @@
-"""Jobs in processes that start within milliseconds, and are killed at an event of the caller's choice.
+"""Jobs in processes of their own that are killed at an event of the caller's choice."""
 
-Every process is forked from a server that has imported everything and done nothing.
-"""
-
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,12 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.faults.jobs"])
+from ..processes import shared_number, start, wait
 
 
 def run_job(job: Callable, *arguments, kill_at: int | None = None, log: Path, cache: Path) -> tuple[int, int]:
-    """Runs `job(*arguments)` in a process of its own.
+    """Run `job(*arguments)` in a process of its own.
 
     Args:
         kill_at: the number of the event at which the process kills itself with SIGKILL: a file that is opened to be
@@ -29,14 +24,9 @@ def run_job(job: Callable, *arguments, kill_at: int | None = None, log: Path, ca
     Returns:
         The exit status, negative for a signal, and the number of events.
     """
-    events = _SERVER.Value("i", 0, lock=False)
-    process = _SERVER.Process(target=_run, args=(job, arguments, kill_at, events, log, cache))
-    process.start()
-    process.join(120)
-    if process.exitcode is None:
-        process.kill()
-        raise AssertionError(f"{job.__name__} hangs: {log.read_text()[-2000:]}")
-    return process.exitcode, events.value
+    events = shared_number()
+    process = start(_run, job, arguments, kill_at, events, log, cache, log=log)
+    return wait(process, log), events.value
 
 
 def assert_same(found: Path, expected: Path):
@@ -49,12 +39,9 @@ def assert_same(found: Path, expected: Path):
 
 
 def _run(job, arguments, kill_at, events, log, cache):
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(2, 1)  # one file for both
     import datasets
 
-    torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = cache
 
     def is_last() -> bool:

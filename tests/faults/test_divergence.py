@@ -119,7 +119,7 @@ def test_two_processes_stop_together(tmp_path):
     script = tmp_path / "diverging.py"
     script.write_text(ONE_OF_TWO)
     path = write_recipe(tmp_path, config_overrides=SHAPE, logging_steps=4, per_device_train_batch_size=4)
-    process = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, path)
+    process = run(script, path, processes=2)
     assert process.returncode != 0
     expected = rf"the loss is NaN or infinite at step 7 \(learning rate .*\); the last good checkpoint is {tmp_path}"
     assert re.search(

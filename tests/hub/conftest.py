@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -11,6 +10,7 @@ import pytest
 import transformers.utils.hub
 
 from ..conftest import tiny_model
+from ..processes import run_python
 from .hub_double import TOKEN, HubDouble
 
 ROOT = Path(__file__).parents[2]
@@ -42,14 +42,8 @@ def far(hub, tmp_path):
         }  # fmt: skip
         clean = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
         token_variable = {} if token is None else {"HF_TOKEN": token}
-        return subprocess.run(
-            [sys.executable, *map(str, command)],
-            env={**clean, **known, **token_variable, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=tmp_path,
-        )
+        environment = {**clean, **known, **token_variable, **environment}
+        return run_python(*command, environment=environment, cwd=tmp_path)
 
     return far
 

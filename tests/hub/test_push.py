@@ -5,8 +5,6 @@ import os
 import random
 import runpy
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +18,7 @@ from shared_bert.hub import CheckpointPushes, PushError
 
 from ..conftest import tiny_model
 from ..far_side import WITHOUT_PACKAGE
+from ..processes import interpret, start, wait
 from .conftest import CLASSES, REPO, ROOT
 from .hub_double import CUT, TOKEN
 
@@ -289,9 +288,10 @@ def test_the_script_refuses_what_is_not_whole(hub, saved, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_a_killed_push_can_be_done_again(hub, saved, far, monkeypatch):
+def test_a_killed_push_can_be_done_again(hub, saved, far, tmp_path, monkeypatch):
     """Killed at random requests, a push has changed nothing or all."""
     model, folder = saved("bert")
+    log = tmp_path / "log"
     assert far(SCRIPT, folder, REPO, token=TOKEN).returncode == 0
     hub.requests.clear()
     assert far(SCRIPT, folder, REPO, token=TOKEN).returncode == 0
@@ -305,19 +305,21 @@ def test_a_killed_push_can_be_done_again(hub, saved, far, monkeypatch):
         with torch.no_grad():
             model.bert.embeddings.word_embeddings.weight += 1
         model.save_pretrained(folder)
-        process = subprocess.Popen([sys.executable, SCRIPT, folder, REPO], env={**os.environ, **environment})
+        process = start(
+            interpret, [str(SCRIPT), str(folder), REPO], environment={**os.environ, **environment}, log=log
+        )
         until = iter(range(moment))
 
         def kill(method, path, headers, body, process=process, until=until):
             answer = route(method, path, headers, body)
             if next(until, None) is None:
                 process.kill()
-                process.wait()
+                process.join()
                 raise ConnectionAbortedError
             return answer
 
         monkeypatch.setattr(hub, "_route", kill)
-        assert process.wait(timeout=120) == -signal.SIGKILL
+        assert wait(process, log) == -signal.SIGKILL
         monkeypatch.setattr(hub, "_route", route)
         found = load(hub.repositories[REPO].files()["model.safetensors"])["bert.embeddings.word_embeddings.weight"]
         is_new = torch.equal(found, model.get_input_embeddings().weight)

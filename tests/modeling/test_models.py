@@ -267,7 +267,7 @@ def test_a_row_of_documents_may_be_longer_than_the_positions(kind, input_ids):
     packed = logits(model, tokens, document_ids=document_ids)
     alone = [logits(model, part) for part in tokens.split(lengths, dim=1)]
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"a position 61, but max_position_embeddings=40"):
+    with pytest.raises(ValueError, match=r"contains 61, but max_position_embeddings=40"):
         model(tokens, document_ids=document_ids * 0)
 
 
@@ -283,9 +283,9 @@ def test_an_encoder_takes_position_ids_as_bert_does():
 
 
 def test_positions_beyond_the_embeddings_are_refused(kind, input_ids):
-    with pytest.raises(ValueError, match=r"a position 40, but max_position_embeddings=40"):
+    with pytest.raises(ValueError, match=r"contains 40, but max_position_embeddings=40"):
         tiny_model(kind)(input_ids, position_ids=torch.arange(29, 41)[None])
-    with pytest.raises(ValueError, match=r"a position -1, but max_position_embeddings=40"):
+    with pytest.raises(ValueError, match=r"contains -1, but max_position_embeddings=40"):
         tiny_model(kind)(input_ids, position_ids=torch.arange(-1, 11)[None])
 
 

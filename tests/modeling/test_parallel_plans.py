@@ -1,34 +1,33 @@
 """The parallel plans of the configs: two processes compute what one does."""
 
 import os
-import socket
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
 from tests.conftest import ATTENTION, LANGUAGE_MODELS, TINY, tiny_model
+from tests.processes import rendezvous, start, wait
 
 
 def tokens() -> torch.Tensor:
     return torch.randint(3, TINY["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def in_two_processes(function, *arguments):
-    """Runs `function(rank, *arguments)` in two processes that know each other; raises what either raises."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_start, (port, function, arguments), nprocs=2)
+def in_two_processes(function, folder, *arguments):
+    """Run `function(rank, *arguments)` in two processes that know each other, with their logs in `folder`."""
+    logs = [folder / f"log-{rank}" for rank in range(2)]
+    told = rendezvous(2)
+    started = [
+        start(_start, function, rank, arguments, log=log, environment={**os.environ, **told[rank]})
+        for rank, log in enumerate(logs)
+    ]
+    for process, log in zip(started, logs, strict=True):
+        assert wait(process, log) == 0, log.read_text()
 
 
-def _start(rank: int, port: int, function, arguments):
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-    }  # fmt: skip
+def _start(function, rank, arguments):
     distributed.init_process_group("gloo")
     function(rank, *arguments)
     distributed.destroy_process_group()
@@ -55,7 +54,7 @@ def test_tensor_parallel_plan(tmp_path):
             model.save_pretrained(tmp_path / f"{kind}_{name}")
             with torch.no_grad():
                 torch.save(model(tokens()).logits, tmp_path / f"{kind}_{name}.pt")
-    in_two_processes(tensor_parallel, str(tmp_path))
+    in_two_processes(tensor_parallel, tmp_path, str(tmp_path))
 
 
 def keep_stage(model, rank: int):
@@ -90,8 +89,8 @@ def pipeline(rank: int):
 
 
 @pytest.mark.slow
-def test_pipeline_plan():
-    in_two_processes(pipeline)
+def test_pipeline_plan(tmp_path):
+    in_two_processes(pipeline, tmp_path)
 
 
 def test_plans_name_modules_that_are_there(kind, attention):

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -332,8 +334,9 @@ def test_killed_healing_is_resumed_exactly(convert, stock, text, tmp_path):
 @pytest.mark.slow
 def test_two_processes_convert_once_and_heal(stock, text, tmp_path):
     config = ROOT / "configs" / "accelerate" / "ddp_2cpu.yaml"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", config, ROOT / "scripts" / "convert.py"]
-    process = runs.run(*launch, "from-stock", stock("bert"), tmp_path / "out", *heal_options(text))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, ROOT / "scripts/convert.py"]
+    options = ["from-stock", stock("bert"), tmp_path / "out", *heal_options(text)]
+    process = subprocess.run([*launch, *options], capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("the converted model is in") == 1
     curve = runs.losses(tmp_path / "out")

@@ -1,9 +1,6 @@
 """What `to-stock` writes serves where this package is not: pipelines, sentence-transformers and ONNX."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ import shared_bert
 
 from ..conftest import tiny_model
 from ..far_side import WITHOUT_PACKAGE
+from ..processes import run_python
 
 FOLDER = "import json\nfolder = sys.argv[1]\n"
 TEXTS = ["the fox hunts .", "the dog barks . the owl sees ."]
@@ -20,13 +18,7 @@ TEXTS = ["the fox hunts .", "the dog barks . the owl sees ."]
 
 def far_side(code: str, *arguments):
     """Runs `code` where the package is not, and gives the JSON that it prints last."""
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE + FOLDER + code, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = run_python("-c", WITHOUT_PACKAGE + FOLDER + code, *arguments)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 

@@ -4,10 +4,11 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import yaml
+
+from ..processes import run_python
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "pretrain.py"
@@ -62,15 +63,9 @@ def write_recipe(folder: Path, **changes) -> Path:
     return path
 
 
-def run(*command, **environment) -> subprocess.CompletedProcess:
-    """Runs `python *command` in a process of its own, from a cache in which nothing is."""
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def run(*command, processes: int = 1, **environment) -> subprocess.CompletedProcess:
+    """Run `python *command` in processes of their own, with an empty cache."""
+    return run_python(*command, environment={**os.environ, "HF_HUB_OFFLINE": "1", **environment}, processes=processes)
 
 
 def losses(output_dir: Path) -> dict[int, float]:

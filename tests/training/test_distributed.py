@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from .runs import MASA, ROOT, SCRIPT, SHAPE, losses, run, write_recipe
+from ..processes import launcher_environment
+from .runs import MASA, SCRIPT, SHAPE, losses, run, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -17,11 +18,9 @@ AUTO_CLASSES = {"shared_bert": AutoModelForMaskedLM, "shared_gpt": AutoModelForC
 
 
 def launch(launcher, path, *options):
-    if launcher == "torchrun":
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    else:
-        command = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate" / launcher]
-    process = run(*command, SCRIPT, path, "--per_device_train_batch_size", "4", *options)
+    environment = {} if launcher == "torchrun" else launcher_environment(launcher)
+    options = ["--per_device_train_batch_size", "4", *options]
+    process = run(SCRIPT, path, *options, processes=2, **environment)
     assert process.returncode == 0, process.stderr
     return process
 
