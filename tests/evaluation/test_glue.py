@@ -56,20 +56,20 @@ def run(model, glue, tmp_path, training=None, **options):
     return run_glue(arguments, FinetuningArguments(output_dir=str(tmp_path / "out"), **fields, **(training or {})))
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt", "stock"])
-def test_every_task_runs(kind, saved, glue, tmp_path):
-    records = run(saved(kind), glue, tmp_path)
-    assert [record["task"] for record in records] == list(GLUE)
+@pytest.mark.parametrize(("kind", "tasks"), [("bert", list(GLUE)), ("gpt", ["cola", "stsb"]), ("stock", ["mnli"])])
+def test_every_task_runs(kind, tasks, saved, glue, tmp_path):
+    records = run(saved(kind), glue, tmp_path, tasks=",".join(tasks))
+    assert [record["task"] for record in records] == tasks
     for record in records:
         assert len(record["epochs"]) == 2
         assert record["score"] == next(iter(record["metrics"].values()))
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / record["task"] / "seed-0")
         labels = GLUE[record["task"]].labels or ("score",)
         assert tuple(model.config.id2label.values()) == labels
-    mnli = next(record for record in records if record["task"] == "mnli")
-    assert list(mnli["metrics"]) == ["matched_accuracy", "mismatched_accuracy"]
+        if record["task"] == "mnli":
+            assert list(record["metrics"]) == ["matched_accuracy", "mismatched_accuracy"]
     assert (tmp_path / "out" / "glue.png").stat().st_size > 0
-    assert (tmp_path / "out" / "glue.md").read_text().count("|") > 20
+    assert (tmp_path / "out" / "glue.md").read_text().count("|") > 10
 
 
 def test_an_interrupted_command_goes_on(saved, glue, tmp_path, monkeypatch):

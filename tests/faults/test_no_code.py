@@ -4,6 +4,7 @@ import builtins
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,18 @@ def test_stock_models_are_read_so_too(tmp_path, sentinel, kind):
     assert not out.exists()
 
 
+@pytest.fixture(scope="module")
+def checkpoints_of_a_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        run_here(folder, max_steps=4, save_steps=2)
+    return folder / "run"
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"])
-def test_an_evil_checkpoint_is_skipped(tmp_path, sentinel, caplog, name):
-    run_here(tmp_path, max_steps=4, save_steps=2)
+def test_an_evil_checkpoint_is_skipped(tmp_path, checkpoints_of_a_run, sentinel, caplog, name):
+    shutil.copytree(checkpoints_of_a_run, tmp_path / "run")
     torch.save({"state": Evil(sentinel)}, tmp_path / "run" / "checkpoint-4" / name)
     options = {"max_steps": 6, "save_steps": 2, "resume_from_checkpoint": "true"}
     if name == "training_args.bin":  # which nobody reads
