@@ -10,9 +10,11 @@ from transformers import AutoConfig
 
 from shared_bert.data.tasks import GLUE
 from shared_bert.evaluation.glue import GlueArguments
+from shared_bert.evaluation.squad import SquadArguments
 from shared_bert.training import FinetuningArguments, ModelArguments, parse_recipe
 from shared_bert.training.models import config_fields, make_model
 from shared_bert.training.recipe import parse_arguments
+from shared_bert.training.yaml_files import load_mapping
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -44,11 +46,14 @@ def test_pretraining_recipes_parse_and_build(path):
 
 @pytest.mark.parametrize("path", files("finetune"))
 def test_finetuning_recipes_parse(path):
-    glue_args, training_args = parse_arguments(
-        [str(path), "--model", "any", "--use_cpu"], (GlueArguments, FinetuningArguments)
-    )
+    arguments = [str(path), "--model", "any", "--use_cpu"]
+    if load_mapping(path).get("kind") == "squad":
+        files = ["--train_file", "a.parquet", "--validation_file", "b.parquet"]
+        _, training_args = parse_arguments([*arguments, *files], (SquadArguments, FinetuningArguments))
+    else:
+        glue_args, training_args = parse_arguments(arguments, (GlueArguments, FinetuningArguments))
+        assert glue_args.task_names == list(GLUE)
     assert training_args.output_dir == f"runs/{path.stem}"
-    assert glue_args.task_names == list(GLUE)
 
 
 @pytest.mark.parametrize("path", files("accelerate"))

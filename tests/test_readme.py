@@ -86,13 +86,14 @@ def test_options_of_pretraining_are_valid(monkeypatch):
 
 
 def test_options_of_finetuning_are_valid(monkeypatch):
-    from shared_bert.evaluation.glue import GlueArguments
     from shared_bert.training import FinetuningArguments
     from shared_bert.training.recipe import parse_arguments
 
     monkeypatch.chdir(ROOT)
+    script = runpy.run_path(str(ROOT / "scripts" / "finetune.py"))
     for arguments in commands("finetune.py"):
-        parse_arguments([*arguments, "--use_cpu", "true"], (GlueArguments, FinetuningArguments))
+        task_arguments = script["KINDS"][script["kind_of"](arguments)][0]
+        parse_arguments([*arguments, "--use_cpu", "true"], (task_arguments, FinetuningArguments))
 
 
 @pytest.mark.parametrize(

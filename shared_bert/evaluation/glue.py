@@ -31,6 +31,7 @@ class GlueArguments:
     """
 
     model: str = field(metadata={"help": "A folder, or a name on the Hub: of this package or of transformers."})
+    kind: str = field(default="glue", metadata={"help": "Of the recipe.", "choices": ["glue"]})
     tasks: str = field(default=",".join(GLUE), metadata={"help": "Tasks, separated by commas."})
     seeds: str = field(default="0", metadata={"help": "Seeds, separated by commas."})
     data_dir: str | None = field(default=None, metadata={"help": "A folder per task; else the Hub."})
@@ -48,10 +49,19 @@ class GlueArguments:
         self.task_names = [name.strip() for name in self.tasks.split(",") if name.strip()]
         for name in self.task_names:
             glue_task(name)
-        try:
-            self.seed_numbers = [int(seed) for seed in self.seeds.split(",")]
-        except ValueError as error:
-            raise ValueError(f"seeds={self.seeds!r} must be numbers, separated by commas") from error
+        self.seed_numbers = parse_seeds(self.seeds)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the numbers of "0,1,2".
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"seeds={text!r} must be numbers, separated by commas") from error
 
 
 def run_glue(arguments: GlueArguments, training_args: FinetuningArguments) -> list[dict[str, Any]]:
@@ -69,8 +79,8 @@ def run_glue(arguments: GlueArguments, training_args: FinetuningArguments) -> li
     """
     output = Path(training_args.output_dir)
     tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model)
-    settings = _settings(arguments, training_args)
-    _check_settings(output, settings)
+    settings = run_settings(arguments, training_args)
+    check_settings(output, settings)
     splits = {name: _limited(load_glue(name, arguments.data_dir), arguments) for name in arguments.task_names}
     runs = [(name, seed) for name in arguments.task_names for seed in arguments.seed_numbers]
     failed = {}
@@ -154,12 +164,14 @@ def _limited(splits: dict, arguments: GlueArguments) -> dict:
     }
 
 
-def _settings(arguments: GlueArguments, training_args: FinetuningArguments) -> dict[str, Any]:
+def run_settings(arguments, training_args: FinetuningArguments) -> dict[str, Any]:
+    """Return the settings that all records of an output folder have in common."""
     of_runs = {name: value for name, value in asdict(arguments).items() if name not in ("tasks", "seeds")}
     return {**of_runs, **{name: getattr(training_args, name) for name in _SETTINGS}}
 
 
-def _check_settings(output: Path, settings: dict[str, Any]):
+def check_settings(output: Path, settings: dict[str, Any]):
+    """Raise a ValueError if the output folder has records of other settings."""
     for record in load_records(output):
         for name, value in settings.items():
             if (kept := record["settings"].get(name)) != json.loads(json.dumps(value)):
@@ -182,7 +194,8 @@ def load_records(output: str | Path) -> list[dict[str, Any]]:
             records.append(json.loads(path.read_text()))
         except ValueError as error:
             raise ValueError(f"{path} is damaged: delete it ({error})") from error
-    return sorted(records, key=lambda record: (list(GLUE).index(record["task"]), record["seed"]))
+    order = [*GLUE, "squad"]
+    return sorted(records, key=lambda record: (order.index(record["task"]), record["seed"]))
 
 
 def scores(records: Iterable[dict[str, Any]]) -> dict[str, list[float]]:

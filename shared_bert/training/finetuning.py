@@ -40,17 +40,23 @@ class FinetuningTrainer(SafeTrainer):
         return optimizer
 
 
-def load_classifier(
-    name_or_path: str, task: Task, tokenizer: PreTrainedTokenizerBase, config_overrides: dict[str, Any] | None = None
+def load_for_task(
+    auto_class: type,
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config_overrides: dict[str, Any] | None = None,
+    **fields,
 ) -> PreTrainedModel:
-    """Load a model of this package or of transformers with a head for the labels of `task`; a new one if it has none.
+    """Load a model of this package or of transformers with the head of an Auto class; a new one if it has another.
 
     Args:
         name_or_path: a folder, or a name on the Hub.
         config_overrides: config fields, such as dropouts.
+        **fields: more config fields.
 
     Raises:
-        ValueError: an unknown config field, damaged weights, or a tokenizer with more tokens than the model.
+        ValueError: an architecture without such a head, an unknown config field, damaged weights, or a tokenizer with
+            more tokens than the model.
         OSError: the model does not exist, or has no weights in safetensors.
     """
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
@@ -59,19 +65,16 @@ def load_classifier(
             raise ValueError(f"config_overrides: a {config.model_type} has no field {name!r}")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
-    names = task.labels or ("score",)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    problem_type = "single_label_classification" if task.labels else "regression"
-    fields = {**labels, "problem_type": problem_type, "pad_token_id": tokenizer.pad_token_id}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a report of the weights of the old head, for every run
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        return auto_class.from_pretrained(
             name_or_path,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # the head of another task is replaced
             dtype="float32",
+            pad_token_id=tokenizer.pad_token_id,
             **fields,
             **(config_overrides or {}),
         )
@@ -79,6 +82,16 @@ def load_classifier(
         raise ValueError(f"{name_or_path} cannot be loaded, its weights are damaged: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def label_fields(task: Task) -> dict[str, Any]:
+    """Return the config fields of a head for the labels of a task."""
+    names = task.labels or ("score",)
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "single_label_classification" if task.labels else "regression",
+    }
 
 
 def finetune(
@@ -95,7 +108,7 @@ def finetune(
     """Fine-tune a model on a task, and save it with its tokenizer into `output_dir`.
 
     Args:
-        name_or_path: see `load_classifier`.
+        name_or_path: see `load_for_task`.
         splits: rows with the task's columns: "train", and the splits of `task.validation`.
         max_length, padding: see `tokenize_task`.
         data: names of the data, for `run.json`.
@@ -104,7 +117,7 @@ def finetune(
         `metrics` of training and of the last evaluation, and `epochs`, the metrics of each evaluation in turn.
 
     Raises:
-        ValueError, OSError: see `load_classifier`.
+        ValueError, OSError: see `load_for_task`.
         FloatingPointError: training diverged.
     """
     checkpoint = starting_checkpoint(training_args)
@@ -112,7 +125,9 @@ def finetune(
     with training_args.main_process_first(local=False, desc="tokenizing"):
         tokens = {split: tokenize_task(rows, task, tokenizer, max_length, padding) for split, rows in splits.items()}
     set_seed(training_args.seed)
-    model = load_classifier(name_or_path, task, tokenizer, config_overrides)
+    model = load_for_task(
+        AutoModelForSequenceClassification, name_or_path, tokenizer, config_overrides, **label_fields(task)
+    )
     trainer = FinetuningTrainer(
         model=model,
         args=training_args,

@@ -1,0 +1,256 @@
+"""SQuAD: questions and contexts to windows of tokens, and the official scores of answers.
+
+Rajpurkar et al., arXiv 1606.05250 (v1.1) and arXiv 1806.03822 (v2.0, with questions that have no answer).
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+COLUMNS = ("id", "question", "context", "answers")
+
+
+def load_squad(path: str | Path) -> Dataset:
+    """Load a file in SQuAD's columns, as on the Hub: `id`, `question`, `context`, `answers` {text, answer_start}.
+
+    Raises:
+        ValueError: a file that cannot be read, without rows, or without a column.
+        FileNotFoundError: a missing file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    kinds = {".parquet": Dataset.from_parquet, ".jsonl": Dataset.from_json, ".json": Dataset.from_json}
+    if path.suffix not in kinds:
+        raise ValueError(f"{path} must end in {', '.join(kinds)}")
+    try:
+        rows = kinds[path.suffix](str(path))
+    except Exception as error:  # of pyarrow or datasets
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    for column in COLUMNS:
+        if column not in rows.column_names:
+            raise ValueError(f"{path}: there is no column {column!r}, only {', '.join(rows.column_names)}")
+    if len(rows) == 0:
+        raise ValueError(f"{path}: there are no rows")
+    return rows.select_columns(list(COLUMNS))
+
+
+@dataclass
+class WindowReport:
+    """What became of the answers when contexts were cut into windows.
+
+    Attributes:
+        questions, windows: their numbers.
+        misplaced: ids of questions whose answer does not stand at its place in the context; they are left out.
+        shortened: ids of questions that took more than half a window, and were cut to that.
+    """
+
+    questions: int = 0
+    windows: int = 0
+    misplaced: list[str] = field(default_factory=list)
+    shortened: list[str] = field(default_factory=list)
+
+
+def training_windows(
+    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int = 384, stride: int = 128
+) -> tuple[list[dict[str, Any]], WindowReport]:
+    """Return the windows to train on: `input_ids` and the like, `start_positions` and `end_positions`.
+
+    The first answer counts. A window without the whole answer has both positions at the first token, [CLS].
+
+    Args:
+        max_length: tokens of a window, question included.
+        stride: tokens that neighbouring windows of a context share.
+    """
+    report, found = WindowReport(), []
+    for row in rows:
+        report.questions += 1
+        texts, starts = row["answers"]["text"], row["answers"]["answer_start"]
+        if texts and row["context"][starts[0] : starts[0] + len(texts[0])] != texts[0]:
+            report.misplaced.append(row["id"])
+            continue
+        windows = _windows(row, tokenizer, max_length, stride, report)
+        for i in range(len(windows["input_ids"])):
+            window = {name: windows[name][i] for name in tokenizer.model_input_names if name in windows}
+            span = (0, 0)
+            if texts:
+                span = _token_span(windows, i, starts[0], starts[0] + len(texts[0]))
+            found.append({**window, "start_positions": span[0], "end_positions": span[1]})
+    report.windows = len(found)
+    return found, report
+
+
+def evaluation_windows(
+    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int = 384, stride: int = 128
+) -> tuple[list[dict[str, Any]], WindowReport]:
+    """Return the windows to predict on: `input_ids` and the like, the question's `id`, and `offsets`.
+
+    `offsets` has the place of each token in the context, (start, end), or None where it is not of the context.
+    """
+    report, found = WindowReport(), []
+    for row in rows:
+        report.questions += 1
+        windows = _windows(row, tokenizer, max_length, stride, report)
+        for i in range(len(windows["input_ids"])):
+            window = {name: windows[name][i] for name in tokenizer.model_input_names if name in windows}
+            of_context = [kind == 1 for kind in windows.sequence_ids(i)]
+            pairs = zip(windows["offset_mapping"][i], of_context, strict=True)
+            offsets = [offset if is_context else None for offset, is_context in pairs]
+            found.append({**window, "id": row["id"], "offsets": offsets})
+    report.windows = len(found)
+    return found, report
+
+
+def _windows(row, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int, report: WindowReport):
+    question = row["question"].strip()
+    ids = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+    most = max_length // 2
+    if len(ids["input_ids"]) > most:
+        report.shortened.append(row["id"])
+        question = question[: ids["offset_mapping"][most - 1][1]]
+    return tokenizer(
+        question,
+        row["context"],
+        truncation="only_second",
+        max_length=max_length,
+        stride=stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+
+
+def _token_span(windows, i: int, start: int, end: int) -> tuple[int, int]:
+    """Return the first and last token of an answer in window i, or (0, 0) if it is not wholly inside."""
+    places = [
+        (token, offset)
+        for token, (offset, kind) in enumerate(zip(windows["offset_mapping"][i], windows.sequence_ids(i), strict=True))
+        if kind == 1
+    ]
+    inside = [token for token, (a, b) in places if a < end and b > start]
+    if not inside or places[0][1][0] > start or places[-1][1][1] < end:
+        return 0, 0
+    return inside[0], inside[-1]
+
+
+@dataclass
+class Answer:
+    """The best answer to a question: its text, its score, and the score of having none."""
+
+    text: str
+    score: float
+    no_answer_score: float
+    n_best: list[tuple[str, float]] = field(default_factory=list)
+
+
+def best_answers(
+    windows: Sequence[dict[str, Any]],
+    start_logits: Sequence[Sequence[float]],
+    end_logits: Sequence[Sequence[float]],
+    contexts: dict[str, str],
+    n_best: int = 20,
+    max_answer_tokens: int = 30,
+) -> dict[str, Answer]:
+    """Return the best answer to each question over all its windows.
+
+    The score of a span is the sum of its start and end logits; that of no answer is the sum at [CLS], the smallest
+    over the windows.
+
+    Args:
+        windows: of `evaluation_windows`.
+        start_logits, end_logits: [windows][tokens].
+        contexts: by the question's id.
+    """
+    candidates: dict[str, list[tuple[float, str]]] = {}
+    without: dict[str, float] = {}
+    for window, starts, ends in zip(windows, start_logits, end_logits, strict=True):
+        name, offsets = window["id"], window["offsets"]
+        none = float(starts[0] + ends[0])
+        without[name] = min(without.get(name, none), none)
+        found = candidates.setdefault(name, [])
+        places = [i for i, offset in enumerate(offsets) if offset is not None]
+        best_starts = sorted(places, key=lambda i: -starts[i])[:n_best]
+        best_ends = sorted(places, key=lambda i: -ends[i])[:n_best]
+        for start in best_starts:
+            for end in best_ends:
+                if start <= end < start + max_answer_tokens:
+                    text = contexts[name][offsets[start][0] : offsets[end][1]]
+                    found.append((float(starts[start] + ends[end]), text))
+    answers = {}
+    for name, found in candidates.items():
+        ranked = sorted(found, key=lambda candidate: -candidate[0])[:n_best] or [(-float("inf"), "")]
+        n_best_of = [(text, score) for score, text in ranked]
+        answers[name] = Answer(ranked[0][1], ranked[0][0], without[name], n_best_of)
+    return answers
+
+
+def normalize_answer(text: str) -> str:
+    """Return an answer as the official scorer compares it: lower case, no punctuation, articles or extra spaces."""
+    text = "".join(character for character in text.lower() if character not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    return float(normalize_answer(prediction) == normalize_answer(answer))
+
+
+def f1(prediction: str, answer: str) -> float:
+    """Return the F1 of the words of two answers; where one is empty, whether both are."""
+    found, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    if not found or not expected:
+        return float(found == expected)
+    common = sum((Counter(found) & Counter(expected)).values())
+    return 2 * common / (len(found) + len(expected))
+
+
+def squad_scores(predictions: dict[str, str], rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return "exact_match" and "f1" in percent, each the best over the answers of a question (one without: "").
+
+    Raises:
+        ValueError: a question without a prediction.
+    """
+    matches, f1s = [], []
+    for row in rows:
+        if row["id"] not in predictions:
+            raise ValueError(f"there is no prediction for the question {row['id']!r}")
+        # An answer of punctuation or articles alone counts as none, as in the official scorer.
+        answers = [text for text in row["answers"]["text"] if normalize_answer(text)] or [""]
+        matches.append(max(exact_match(predictions[row["id"]], answer) for answer in answers))
+        f1s.append(max(f1(predictions[row["id"]], answer) for answer in answers))
+    return {"exact_match": 100 * sum(matches) / len(matches), "f1": 100 * sum(f1s) / len(f1s)}
+
+
+def best_threshold(answers: dict[str, Answer], rows: Sequence[dict[str, Any]]) -> float:
+    """Return the threshold on `no_answer_score - score` with the best F1 on `rows`, as the official scorer finds it.
+
+    A question whose margin is above the threshold has no answer.
+    """
+    gains = []
+    for row in rows:
+        answer = answers[row["id"]]
+        with_answer = squad_scores({row["id"]: answer.text}, [row])["f1"]
+        without = squad_scores({row["id"]: ""}, [row])["f1"]
+        gains.append((_margin(answer), with_answer - without))
+    gains.sort()
+    best, threshold, total = 0.0, gains[0][0] - 1.0, 0.0  # no question is answered
+    for i, (margin, gain) in enumerate(gains):
+        total += gain
+        is_last_of_equals = i + 1 == len(gains) or gains[i + 1][0] > margin
+        if total > best and is_last_of_equals:
+            best, threshold = total, margin
+    return threshold
+
+
+def _margin(answer: Answer) -> float:
+    return answer.no_answer_score - answer.score
+
+
+def with_threshold(answers: dict[str, Answer], threshold: float) -> dict[str, str]:
+    """Return the predictions where a question whose margin is above `threshold` has no answer, ""."""
+    return {name: "" if _margin(answer) > threshold else answer.text for name, answer in answers.items()}

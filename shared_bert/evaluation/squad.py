@@ -1,0 +1,103 @@
+"""SQuAD: a model fine-tuned with several seeds, one record for each run, and their table."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..data import load_tokenizer
+from ..data.squad import load_squad
+from ..training.arguments import FinetuningArguments, read_overrides
+from ..training.question_answering import finetune_squad
+from .efficiency import environment
+from .glue import check_settings, format_scores, load_records, parse_seeds, run_settings
+
+
+@dataclass
+class SquadArguments:
+    """What is fine-tuned on question answering, and on which files.
+
+    Raises:
+        ValueError: a seed that is not a number.
+    """
+
+    model: str = field(
+        metadata={"help": "A folder, or a name on the Hub: an encoder of this package or transformers."}
+    )
+    train_file: str = field(metadata={"help": "A .parquet, .jsonl or .json file in the Hub's columns of SQuAD."})
+    validation_file: str = field(metadata={"help": "The same, to evaluate on."})
+    intermediate_file: str | None = field(default=None, metadata={"help": "The same, to train on first."})
+    kind: str = field(default="squad", metadata={"help": "Of the recipe.", "choices": ["squad"]})
+    seeds: str = field(default="0", metadata={"help": "Seeds, separated by commas."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Else the model's own."})
+    max_length: int = field(default=384, metadata={"help": "Tokens of a window, question included."})
+    stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
+    without_answers: bool = field(default=False, metadata={"help": "SQuAD v2.0: questions may have no answer."})
+    n_best: int = field(default=20, metadata={"help": "Answers that are kept of each question."})
+    max_answer_tokens: int = field(default=30, metadata={"help": "Tokens of the longest answer."})
+    config_overrides: str | None = field(default=None, metadata={"help": "Config fields, such as dropouts: a=1,b=x."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on no more questions than this."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on no more questions than this."})
+
+    def __post_init__(self):
+        self.seed_numbers = parse_seeds(self.seeds)
+
+
+def run_squad(arguments: SquadArguments, training_args: FinetuningArguments) -> list[dict[str, Any]]:
+    """Fine-tune with all seeds, and write records and a table into `output_dir`; runs with a record are skipped.
+
+    Raises:
+        ValueError: invalid arguments or files, or results of other settings in `output_dir`, before any training.
+    """
+    output = Path(training_args.output_dir)
+    tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model)
+    settings = run_settings(arguments, training_args)
+    check_settings(output, settings)
+    files = {"train": arguments.train_file, "validation": arguments.validation_file}
+    if arguments.intermediate_file is not None:
+        files["intermediate"] = arguments.intermediate_file
+    rows = {split: load_squad(path) for split, path in files.items()}
+    for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
+        if limit is not None:
+            rows[split] = rows[split].select(range(min(limit, len(rows[split]))))
+    for seed in arguments.seed_numbers:
+        path = output / "records" / f"squad-{seed}.json"
+        if path.exists():
+            continue
+        record = _run(seed, arguments, training_args, tokenizer, rows)
+        if training_args.process_index == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**record, "settings": settings}, indent=2) + "\n")
+            print(f"squad, seed {seed}: exact match {record['exact_match']:.2f}, F1 {record['f1']:.2f}", flush=True)
+    records = load_records(output)
+    if training_args.process_index == 0:
+        (output / "squad.md").write_text(squad_table({arguments.model: records}))
+    return records
+
+
+def _run(seed: int, arguments: SquadArguments, training_args: FinetuningArguments, tokenizer, rows) -> dict[str, Any]:
+    options = {
+        name: getattr(arguments, name)
+        for name in ("max_length", "stride", "without_answers", "n_best", "max_answer_tokens")
+    }
+    options["config_overrides"] = read_overrides(arguments.config_overrides or "")
+    model = arguments.model
+    # The intermediate set is a first stage, from whose model the second starts.
+    for stage in ("intermediate", "train"):
+        if stage not in rows:
+            continue
+        folder = Path(training_args.output_dir, f"seed-{seed}", *(["intermediate"] if stage == "intermediate" else []))
+        args = replace(training_args, output_dir=str(folder), seed=seed, overwrite_output_dir=stage == "intermediate")
+        data = {"train_file": getattr(arguments, f"{stage}_file")}
+        result = finetune_squad(model, tokenizer, rows[stage], rows["validation"], args, **options, data=data)
+        model = str(folder)
+    return {"model": arguments.model, "task": "squad", "seed": seed, **result, **environment(args.device.type)}
+
+
+def squad_table(records: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a Markdown table of exact match and F1, mean ± standard deviation over the seeds, a row per model."""
+    lines = ["| model | exact match | F1 |", "|---|---|---|"]
+    for model, found in records.items():
+        cells = [format_scores([record[metric] for record in found]) for metric in ("exact_match", "f1")]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
