@@ -5,6 +5,7 @@ python scripts/benchmark.py train --task mlm --shapes 8x128 --scheme pairwise
 python scripts/benchmark.py train --device cuda --precision bf16 --compile
 python scripts/benchmark.py depth                      # what assembling the matrices of MASA adds to a step
 python scripts/benchmark.py decode                     # decoding with MASA and without
+python scripts/benchmark.py finetune --model FOLDER    # fine-tuning at real lengths, and with padding to 128
 """
 
 import argparse
@@ -17,7 +18,10 @@ from pathlib import Path
 
 import shared_bert
 from shared_bert.command_line import reports_user_errors
+from shared_bert.data import load_tokenizer
+from shared_bert.data.tasks import load_glue
 from shared_bert.evaluation import StepSettings, compare_decoding, compare_training_steps, environment
+from shared_bert.evaluation.finetuning_speed import compare_padding
 from shared_bert.training.arguments import read_overrides
 
 DEFAULT_SCHEMES = {"mlm": "shared", "clm": "query_free"}
@@ -106,6 +110,27 @@ def decode(arguments: argparse.Namespace):
     write(arguments, rows)
 
 
+def finetune(arguments: argparse.Namespace):
+    splits = load_glue(arguments.task, arguments.data_dir)
+    rows = {split: part.select(range(min(arguments.rows, len(part)))) for split, part in splits.items()}
+    row = compare_padding(
+        arguments.model,
+        load_tokenizer(arguments.model),
+        arguments.task,
+        rows,
+        rounds=arguments.rounds,
+        num_train_epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        per_device_train_batch_size=32,
+        use_cpu=arguments.device == "cpu",
+        disable_tqdm=True,
+    )
+    for kind, seconds in row["seconds_per_epoch"].items():
+        print(f"{kind:12} {seconds:8.2f} s per epoch   score {row['scores'][kind]:.4f}")
+    print(f"speedup {row['speedup']:.2f}x ({min(row['speedups']):.2f} to {max(row['speedups']):.2f})")
+    write(arguments, [row])
+
+
 def write(arguments: argparse.Namespace, rows: list[dict]):
     result = {"commit": commit(), **environment(arguments.device), "results": rows}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +161,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add_common_options(command, [(1, 64)])
     shape = "hidden_size=512,num_hidden_layers=8,num_attention_heads=8,intermediate_size=2048,vocab_size=8192"
     command.set_defaults(run=decode, model_fields=shape, output=Path("runs/benchmark_decode.json"))
+    command = commands.add_parser("finetune", help="fine-tuning at real lengths, compared with padding to 128 tokens")
+    command.add_argument("--model", required=True, help="a folder, or a name on the Hub")
+    command.add_argument("--task", default="sst2", help="of GLUE")
+    command.add_argument("--data_dir", help="a folder per task; else the Hub")
+    command.add_argument("--rows", type=int, default=4096, help="train on no more rows than this")
+    command.add_argument("--epochs", type=int, default=1)
+    command.add_argument("--learning_rate", type=float, default=1e-4)
+    command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--output", type=Path, default=Path("runs/benchmark_finetune.json"))
+    command.set_defaults(run=finetune)
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,9 @@
 """GLUE: every task runs and resumes, and its table is what one computes by hand."""
 
+import json
+import runpy
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,3 +225,15 @@ def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays[id(model.classifier.weight)] == 0.01
     assert decays[id(model.classifier.bias)] == 0
+
+
+def test_real_lengths_are_measured_against_padding(saved, glue, tmp_path, capsys):
+    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "benchmark.py"))["main"]
+    output = tmp_path / "finetune.json"
+    options = ["--model", saved("bert"), "--data_dir", str(glue), "--rounds", "2", "--rows", "8"]
+    assert main(["finetune", *options, "--output", str(output)]) == 0
+    (row,) = json.loads(output.read_text())["results"]
+    assert row["rows"] == 8
+    assert row["speedup"] == row["seconds_per_epoch"]["padded"] / row["seconds_per_epoch"]["real_lengths"]
+    assert set(row["scores"]) == {"padded", "real_lengths"}
+    assert f"speedup {row['speedup']:.2f}x" in capsys.readouterr().out
