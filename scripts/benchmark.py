@@ -118,6 +118,7 @@ def finetune(arguments: argparse.Namespace):
         load_tokenizer(arguments.model),
         arguments.task,
         rows,
+        arguments.max_length,
         rounds=arguments.rounds,
         num_train_epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
@@ -166,6 +167,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--task", default="sst2", help="of GLUE")
     command.add_argument("--data_dir", help="a folder per task; else the Hub")
     command.add_argument("--rows", type=int, default=4096, help="train on no more rows than this")
+    command.add_argument("--max_length", type=int, default=128, help="what the other side pads to")
     command.add_argument("--epochs", type=int, default=1)
     command.add_argument("--learning_rate", type=float, default=1e-4)
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

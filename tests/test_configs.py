@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
 from shared_bert.data.tasks import GLUE
-from shared_bert.evaluation.glue import GlueArguments
+from shared_bert.evaluation.classification import GlueArguments, TextArguments
 from shared_bert.evaluation.squad import SquadArguments
 from shared_bert.training import FinetuningArguments, ModelArguments, parse_recipe
 from shared_bert.training.models import config_fields, make_model
@@ -47,9 +47,10 @@ def test_pretraining_recipes_parse_and_build(path):
 @pytest.mark.parametrize("path", files("finetune"))
 def test_finetuning_recipes_parse(path):
     arguments = [str(path), "--model", "any", "--use_cpu"]
-    if load_mapping(path).get("kind") == "squad":
-        files = ["--train_file", "a.parquet", "--validation_file", "b.parquet"]
-        _, training_args = parse_arguments([*arguments, *files], (SquadArguments, FinetuningArguments))
+    files = ["--train_file", "a.parquet", "--validation_file", "b.parquet"]
+    other_kinds = {"squad": SquadArguments, "text": TextArguments}
+    if of_kind := other_kinds.get(load_mapping(path).get("kind")):
+        _, training_args = parse_arguments([*arguments, *files], (of_kind, FinetuningArguments))
     else:
         glue_args, training_args = parse_arguments(arguments, (GlueArguments, FinetuningArguments))
         assert glue_args.task_names == list(GLUE)

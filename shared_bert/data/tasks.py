@@ -95,11 +95,66 @@ def _from_folder(folder: Path, splits: tuple[str, ...]) -> dict[str, Dataset]:
         found = [path for suffix in FORMATS if suffix != ".txt" and (path := folder / f"{split}{suffix}").is_file()]
         if not found:
             raise FileNotFoundError(f"{folder} has no file {split}.parquet, {split}.jsonl or {split}.json")
-        try:
-            rows[split] = load_dataset(FORMATS[found[0].suffix], data_files=str(found[0]), split="train")
-        except (DatasetGenerationError, ValueError) as error:  # a ValueError where there are no rows
-            raise ValueError(f"{found[0]} cannot be read: {error.__cause__ or error}") from error
+        rows[split] = _read(found[0])
     return rows
+
+
+def _read(path: Path) -> Dataset:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if FORMATS.get(path.suffix, "text") == "text":
+        raise ValueError(f"{path} must end in .parquet, .jsonl or .json")
+    try:
+        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError) as error:  # a ValueError where there are no rows
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+
+
+def load_task(
+    files: dict[str, str],
+    texts: tuple[str, ...],
+    label_column: str = LABEL,
+    regression: bool = False,
+    metrics: tuple[str, ...] = ("accuracy",),
+) -> tuple[Task, dict[str, Dataset]]:
+    """Return the task of files of texts, or of pairs of texts, with labels, and its rows by split.
+
+    Args:
+        files: of "train" and "validation".
+        texts: the columns of the text or of the pair.
+        label_column: numbers to predict with `regression`; else classes, as numbers or names. The labels of the
+            training file are the classes.
+
+    Raises:
+        ValueError: a file that cannot be read, a missing column, no rows, or labels that are not in the training file.
+        FileNotFoundError: a missing file.
+    """
+    rows = {split: _read(Path(path)) for split, path in files.items()}
+    for split, of_split in rows.items():
+        for column in (*texts, label_column):
+            if column not in of_split.column_names:
+                names = ", ".join(of_split.column_names)
+                raise ValueError(f"{files[split]}: there is no column {column!r}, only {names}")
+        of_split = of_split.select_columns([*texts, label_column])
+        rows[split] = of_split if label_column == LABEL else of_split.rename_column(label_column, LABEL)
+    if regression:
+        task = Task(texts, None, metrics)
+    else:
+        feature = rows["train"].features[LABEL]
+        known = list(feature.names) if isinstance(feature, ClassLabel) else sorted(set(rows["train"][LABEL]), key=str)
+        task = Task(texts, tuple(map(str, known)), metrics)
+        if not isinstance(feature, ClassLabel):
+            rows = {split: _numbered(of_split, known, files[split]) for split, of_split in rows.items()}
+    return task, {split: check_split(of_split, task, files[split]) for split, of_split in rows.items()}
+
+
+def _numbered(rows: Dataset, labels: list, origin: str) -> Dataset:
+    """Replace labels by their place in `labels`."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    if unknown := set(rows[LABEL]) - numbers.keys():
+        raise ValueError(f"{origin}: the labels {', '.join(map(str, unknown))} are not in the training file")
+    found = [numbers[label] for label in rows[LABEL]]
+    return rows.remove_columns(LABEL).add_column(LABEL, found)
 
 
 def check_split(rows: Dataset, task: Task, origin: str) -> Dataset:

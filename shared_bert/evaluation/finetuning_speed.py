@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.tasks import GLUE
 from ..training.arguments import FinetuningArguments
 from ..training.finetuning import finetune
-from .glue import metric_names
+from .classification import metric_names
 
 _PADDING = {"padded": "max_length", "real_lengths": False}
 
@@ -47,7 +47,7 @@ def compare_padding(
                 )
                 metrics = finetune(name_or_path, tokenizer, GLUE[name], splits, args, max_length, padding)["metrics"]
             seconds[kind].append(metrics["train_runtime"] / args.num_train_epochs)
-            scores[kind].append(metrics[f"eval_{metric_names(name)[0]}"])
+            scores[kind].append(metrics[f"eval_{metric_names(GLUE[name])[0]}"])
     medians = {kind: statistics.median(measured) for kind, measured in seconds.items()}
     return {
         "model": name_or_path,

@@ -1,6 +1,5 @@
 """SQuAD: a model fine-tuned with several seeds, one record for each run, and their table."""
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from ..data.squad import load_squad
 from ..training.arguments import FinetuningArguments, read_overrides
 from ..training.question_answering import finetune_squad
 from .efficiency import environment
-from .glue import check_settings, format_scores, load_records, parse_seeds, run_settings
+from .records import check_settings, format_scores, load_records, parse_seeds, record_path, run_settings, save_record
 
 
 @dataclass
@@ -61,13 +60,12 @@ def run_squad(arguments: SquadArguments, training_args: FinetuningArguments) -> 
         if limit is not None:
             rows[split] = rows[split].select(range(min(limit, len(rows[split]))))
     for seed in arguments.seed_numbers:
-        path = output / "records" / f"squad-{seed}.json"
+        path = record_path(output, "squad", seed)
         if path.exists():
             continue
         record = _run(seed, arguments, training_args, tokenizer, rows)
         if training_args.process_index == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**record, "settings": settings}, indent=2) + "\n")
+            save_record(path, {**record, "settings": settings})
             print(f"squad, seed {seed}: exact match {record['exact_match']:.2f}, F1 {record['f1']:.2f}", flush=True)
     records = load_records(output)
     if training_args.process_index == 0:

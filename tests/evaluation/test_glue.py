@@ -11,13 +11,15 @@ from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, EvalPrediction
 
 import shared_bert
-from shared_bert.data.tasks import GLUE, check_split, load_glue, tokenize_task
-from shared_bert.evaluation.glue import GlueArguments, glue_table, run_glue
+from shared_bert.data.tasks import GLUE, check_split, load_glue, load_task, tokenize_task
+from shared_bert.evaluation.classification import GlueArguments, run_classification
+from shared_bert.evaluation.records import score_table
 from shared_bert.training import FinetuningArguments, FinetuningTrainer
 from shared_bert.training.metrics import TASK_METRICS, task_metrics
 
 from ..conftest import TINY, tiny_model
 
+ROOT = Path(__file__).parents[2]
 WORDS = ("the fox hunts", "the dog barks", "the owl sees", "the cat naps")
 
 
@@ -56,13 +58,15 @@ def saved(tokenizers, tmp_path):
 def run(model, glue, tmp_path, training=None, **options):
     arguments = GlueArguments(model=model, data_dir=str(glue), max_length=16, **options)
     fields = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
-    return run_glue(arguments, FinetuningArguments(output_dir=str(tmp_path / "out"), **fields, **(training or {})))
+    return run_classification(
+        arguments, FinetuningArguments(output_dir=str(tmp_path / "out"), **fields, **(training or {}))
+    )
 
 
 @pytest.mark.parametrize(("kind", "tasks"), [("bert", list(GLUE)), ("gpt", ["cola", "stsb"]), ("stock", ["mnli"])])
 def test_every_task_runs(kind, tasks, saved, glue, tmp_path):
     records = run(saved(kind), glue, tmp_path, tasks=",".join(tasks))
-    assert [record["task"] for record in records] == tasks
+    assert [record["task"] for record in records] == sorted(tasks)
     for record in records:
         assert len(record["epochs"]) == 2
         assert record["score"] == next(iter(record["metrics"].values()))
@@ -71,8 +75,8 @@ def test_every_task_runs(kind, tasks, saved, glue, tmp_path):
         assert tuple(model.config.id2label.values()) == labels
         if record["task"] == "mnli":
             assert list(record["metrics"]) == ["matched_accuracy", "mismatched_accuracy"]
-    assert (tmp_path / "out" / "glue.png").stat().st_size > 0
-    assert (tmp_path / "out" / "glue.md").read_text().count("|") > 10
+    assert (tmp_path / "out" / "results.png").stat().st_size > 0
+    assert (tmp_path / "out" / "results.md").read_text().count("|") > 10
 
 
 def test_an_interrupted_command_goes_on(saved, glue, tmp_path, monkeypatch):
@@ -98,7 +102,7 @@ def test_a_task_that_fails_does_not_stop_the_others(saved, glue, tmp_path):
     with pytest.raises(ValueError, match=r"^stsb failed: .*NaN or infinite"):
         run(saved("bert"), glue, tmp_path, tasks="stsb,mrpc")
     assert [path.name for path in (tmp_path / "out" / "records").iterdir()] == ["mrpc-0.json"]
-    assert "mrpc" in (tmp_path / "out" / "glue.md").read_text()
+    assert "mrpc" in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_seeds_differ_and_repeat(saved, glue, tmp_path):
@@ -108,6 +112,43 @@ def test_seeds_differ_and_repeat(saved, glue, tmp_path):
     (tmp_path / "out" / "records" / "stsb-1.json").unlink()
     again = run(model, glue, tmp_path, tasks="stsb", seeds="0,1")
     assert again[1]["epochs"][-1]["eval_loss"] == pytest.approx(first[1]["epochs"][-1]["eval_loss"], rel=1e-5)
+
+
+def test_other_files_are_fine_tuned_on(saved, tmp_path):
+    main = runpy.run_path(str(ROOT / "scripts" / "finetune.py"))["main"]
+    for name, labels in (("train", ["yes", "no", "perhaps"] * 4), ("validation", ["no", "yes", "no"])):
+        rows = {"a": [WORDS[i % 4] for i in range(len(labels))], "b": [WORDS[0]] * len(labels), "answer": labels}
+        Dataset.from_dict({**rows, "size": [float(i) for i in range(len(labels))]}).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+    files = [f"--{name}_file={tmp_path / name}.parquet" for name in ("train", "validation")]
+    command = [str(ROOT / "configs" / "finetune" / "text.yaml"), "--model", saved("bert"), *files, "--use_cpu", "true"]
+    classes = ["--text_columns", "a,b", "--label_column", "answer", "--output_dir", str(tmp_path / "classes")]
+    assert main([*command, *classes, "--num_train_epochs", "1"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classes" / "train" / "seed-0")
+    assert model.config.id2label == {0: "no", 1: "perhaps", 2: "yes"}
+    record = json.loads((tmp_path / "classes" / "records" / "train-0.json").read_text())
+    assert (record["metric"], record["rows"]) == ("accuracy", {"train": 12, "validation": 3})
+    numbers = ["--text_columns", "a", "--label_column", "size", "--regression", "true"]
+    assert main([*command, *numbers, "--output_dir", str(tmp_path / "numbers"), "--num_train_epochs", "1"]) == 0
+    record = json.loads((tmp_path / "numbers" / "records" / "train-0.json").read_text())
+    assert list(record["metrics"]) == ["pearson", "spearmanr"]
+
+
+def test_labels_of_other_files_are_checked(tmp_path):
+    def write(name, labels):
+        Dataset.from_dict({"text": [WORDS[0]] * len(labels), "label": labels}).to_parquet(tmp_path / f"{name}.parquet")
+        return str(tmp_path / f"{name}.parquet")
+
+    files = {"train": write("train", ["a", "b"]), "validation": write("validation", ["a", "c"])}
+    with pytest.raises(ValueError, match=r"validation.parquet: the labels c are not in the training file"):
+        load_task(files, ("text",))
+    with pytest.raises(ValueError, match=r"train.parquet: there is no column 'texts', only text, label"):
+        load_task(files, ("texts",))
+    with pytest.raises(FileNotFoundError, match=r"missing.json does not exist"):
+        load_task({**files, "train": str(tmp_path / "missing.json")}, ("text",))
+    task, splits = load_task({**files, "validation": write("validation", ["b", "b"])}, ("text",))
+    assert (task.labels, splits["validation"]["label"][:]) == (("a", "b"), [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -197,14 +238,16 @@ def test_metrics_are_those_of_evaluate(name):
 
 
 def test_a_table_by_hand():
-    def records(model, accuracies):
+    def records(accuracies):
         return [
-            {"task": task, "seed": i, "score": a} for task, found in accuracies.items() for i, a in enumerate(found)
+            {"task": task, "seed": seed, "score": accuracy, "metric": "accuracy"}
+            for task, found in accuracies.items()
+            for seed, accuracy in enumerate(found)
         ]
 
     first = {"sst2": [0.9, 0.92], "rte": [0.6, 0.7]}
     second = {"sst2": [0.8]}
-    table = glue_table({"one": records("one", first), "two": records("two", second)})
+    table = score_table({"one": records(first), "two": records(second)})
     assert table.splitlines() == [
         "| model | sst2 (accuracy) | rte (accuracy) | mean |",
         "|---|---|---|---|",
@@ -228,9 +271,9 @@ def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
 
 
 def test_real_lengths_are_measured_against_padding(saved, glue, tmp_path, capsys):
-    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "benchmark.py"))["main"]
+    main = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))["main"]
     output = tmp_path / "finetune.json"
-    options = ["--model", saved("bert"), "--data_dir", str(glue), "--rounds", "2", "--rows", "8"]
+    options = ["--model", saved("bert"), "--data_dir", str(glue), "--rounds", "2", "--rows", "8", "--max_length", "16"]
     assert main(["finetune", *options, "--output", str(output)]) == 0
     (row,) = json.loads(output.read_text())["results"]
     assert row["rows"] == 8

@@ -1,0 +1,212 @@
+"""Tasks of classification and regression: a model fine-tuned on each with several seeds, on GLUE or on other files."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from ..data import load_tokenizer
+from ..data.tasks import GLUE, Task, glue_task, load_glue, load_task
+from ..training.arguments import FinetuningArguments, read_overrides
+from ..training.finetuning import finetune
+from ..training.metrics import task_metrics
+from .efficiency import environment
+from .records import (
+    check_settings,
+    draw_scores,
+    load_records,
+    parse_seeds,
+    record_path,
+    run_settings,
+    save_record,
+    score_table,
+)
+
+
+def _option(default: Any, text: str, **options):
+    return field(default=default, metadata={"help": text, **options})
+
+
+@dataclass(kw_only=True)
+class ClassificationArguments:
+    """What is fine-tuned.
+
+    Raises:
+        ValueError: a seed that is not a number.
+    """
+
+    model: str = field(metadata={"help": "A folder, or a name on the Hub: of this package or of transformers."})
+    seeds: str = _option("0", "Seeds, separated by commas.")
+    tokenizer_name: str | None = _option(None, "Else the model's own.")
+    max_length: int = _option(128, "Tokens per row at most.")
+    pad_to_max_length: bool = _option(False, "Pad all rows to one length, not each batch to its own.")
+    epoch: str = _option(
+        "last", "Which epoch counts: last, or the best on the validation data.", choices=["last", "best"]
+    )
+    config_overrides: str | None = _option(None, "Config fields, such as dropouts: a=1,b=x.")
+    max_train_samples: int | None = _option(None, "Train on no more rows than this.")
+    max_eval_samples: int | None = _option(None, "Evaluate on no more rows than this.")
+
+    def __post_init__(self):
+        self.seed_numbers = parse_seeds(self.seeds)
+
+
+@dataclass(kw_only=True)
+class GlueArguments(ClassificationArguments):
+    """Fine-tuning on GLUE.
+
+    Raises:
+        ValueError: see `ClassificationArguments`; an unknown task.
+    """
+
+    kind: str = _option("glue", "Of the recipe.", choices=["glue"])
+    tasks: str = _option(",".join(GLUE), "Tasks, separated by commas.")
+    data_dir: str | None = _option(None, "A folder per task; else the Hub.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.task_names = [name.strip() for name in self.tasks.split(",") if name.strip()]
+        for name in self.task_names:
+            glue_task(name)
+
+    def load(self) -> dict[str, tuple[Task, dict[str, Dataset]]]:
+        """Return each task with its splits."""
+        return {name: (GLUE[name], load_glue(name, self.data_dir)) for name in self.task_names}
+
+
+@dataclass(kw_only=True)
+class TextArguments(ClassificationArguments):
+    """Fine-tuning on files of texts, or of pairs of texts, with labels.
+
+    Raises:
+        ValueError: see `ClassificationArguments`; not one or two columns of text, or an unknown metric.
+    """
+
+    train_file: str = field(metadata={"help": "A .parquet, .jsonl or .json file."})
+    validation_file: str = field(metadata={"help": "The same, to evaluate on."})
+    kind: str = _option("text", "Of the recipe.", choices=["text"])
+    text_columns: str = _option("text", "The column of the text, or the two of a pair, separated by a comma.")
+    label_column: str = _option("label", "The column of the labels: numbers from 0, or names.")
+    regression: bool = _option(False, "Labels are numbers to predict, not classes.")
+    metrics: str | None = _option(None, "Separated by commas; else accuracy, for regression pearson and spearmanr.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.columns = tuple(self.text_columns.split(","))
+        if len(self.columns) > 2:
+            raise ValueError(f"text_columns={self.text_columns!r} must name one column or two")
+        default = "pearson,spearmanr" if self.regression else "accuracy"
+        self.metric_names = tuple((self.metrics or default).split(","))
+        task_metrics(self.metric_names, self.regression)
+
+    def load(self) -> dict[str, tuple[Task, dict[str, Dataset]]]:
+        """Return the task with its splits, under the name of the training file."""
+        files = {"train": self.train_file, "validation": self.validation_file}
+        task, splits = load_task(files, self.columns, self.label_column, self.regression, self.metric_names)
+        return {Path(self.train_file).stem: (task, splits)}
+
+
+def run_classification(
+    arguments: GlueArguments | TextArguments, training_args: FinetuningArguments
+) -> list[dict[str, Any]]:
+    """Fine-tune on all tasks with all seeds, and write records, a table and a plot into `output_dir`.
+
+    Runs whose record is there already are skipped, so an interrupted command continues. A task that fails does not
+    stop the others.
+
+    Returns:
+        The records of all runs.
+
+    Raises:
+        ValueError: invalid arguments or data, or results of other settings in `output_dir`, before any training; after
+            it, if tasks failed.
+    """
+    output = Path(training_args.output_dir)
+    tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model)
+    settings = run_settings(arguments, training_args)
+    check_settings(output, settings)
+    tasks = arguments.load()
+    is_main = training_args.process_index == 0
+    failed = {}
+    with tqdm(
+        [(name, seed) for name in tasks for seed in arguments.seed_numbers], desc="runs", unit="run"
+    ) as progress:
+        for name, seed in progress:
+            progress.set_postfix_str(f"{name}, seed {seed}")
+            path = record_path(output, name, seed)
+            if path.exists() or name in failed:
+                continue
+            try:
+                record = _run(name, seed, *tasks[name], arguments, training_args, tokenizer)
+            except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+                failed[name] = error
+                progress.write(f"{name} failed: {error}")
+                continue
+            if is_main:
+                save_record(path, {**record, "settings": settings})
+                metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in record["metrics"].items())
+                progress.write(f"{name}, seed {seed}: {metrics}")
+    records = load_records(output)
+    if is_main and records:
+        (output / "results.md").write_text(score_table({arguments.model: records}))
+        draw_scores({arguments.model: records}, output / "results.png")
+    if failed:
+        raise ValueError("; ".join(f"{name} failed: {error}" for name, error in failed.items()))
+    return records
+
+
+def _run(
+    name: str,
+    seed: int,
+    task: Task,
+    splits: dict[str, Dataset],
+    arguments: ClassificationArguments,
+    training_args: FinetuningArguments,
+    tokenizer,
+) -> dict[str, Any]:
+    folder = Path(training_args.output_dir, name, f"seed-{seed}")
+    args = replace(training_args, output_dir=str(folder), seed=seed, overwrite_output_dir=True)
+    splits = {split: _limited(split, rows, arguments) for split, rows in splits.items()}
+    result = finetune(
+        arguments.model,
+        tokenizer,
+        task,
+        splits,
+        args,
+        max_length=arguments.max_length,
+        padding="max_length" if arguments.pad_to_max_length else False,
+        config_overrides=read_overrides(arguments.config_overrides or ""),
+        data={"dataset_name": "nyu-mll/glue" if arguments.kind == "glue" else None, "dataset_config_name": name},
+    )
+    names = metric_names(task)
+    best = max(result["epochs"], key=lambda epoch: epoch[f"eval_{names[0]}"])
+    chosen = best if arguments.epoch == "best" else result["epochs"][-1]
+    return {
+        "model": arguments.model,
+        "task": name,
+        "seed": seed,
+        "epoch": arguments.epoch,
+        "metric": names[0],
+        "score": chosen[f"eval_{names[0]}"],
+        "metrics": {metric: chosen[f"eval_{metric}"] for metric in names},
+        "best": best,
+        "epochs": result["epochs"],
+        "train_seconds": result["metrics"]["train_runtime"],
+        "rows": {split: len(rows) for split, rows in splits.items()},
+        **environment(args.device.type),
+    }
+
+
+def metric_names(task: Task) -> list[str]:
+    """Return the names of a task's metrics; the first is its score. MNLI has each as "matched_" and "mismatched_"."""
+    if len(task.validation) == 1:
+        return list(task.metrics)
+    parts = [split.removeprefix("validation_") for split in task.validation]
+    return [f"{part}_{metric}" for part in parts for metric in task.metrics]
+
+
+def _limited(split: str, rows: Dataset, arguments: ClassificationArguments) -> Dataset:
+    most = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
+    return rows if most is None else rows.select(range(min(most, len(rows))))

@@ -1,0 +1,126 @@
+"""Records of fine-tuning runs, one JSON file for each, all of the same settings; their tables and plots."""
+
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..training.arguments import FinetuningArguments
+
+_SETTINGS = (
+    "learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "bf16",
+)  # fmt: skip
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the numbers of "0,1,2".
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"seeds={text!r} must be numbers, separated by commas") from error
+
+
+def run_settings(arguments, training_args: FinetuningArguments) -> dict[str, Any]:
+    """Return the settings that all records of an output folder have in common."""
+    of_runs = {name: value for name, value in asdict(arguments).items() if name not in ("tasks", "seeds")}
+    return {**of_runs, **{name: getattr(training_args, name) for name in _SETTINGS}}
+
+
+def check_settings(output: Path, settings: dict[str, Any]):
+    """Raise a ValueError if the output folder has records of other settings."""
+    for record in load_records(output):
+        for name, value in settings.items():
+            if (kept := record["settings"].get(name)) != json.loads(json.dumps(value)):
+                raise ValueError(f"{output} has results with {name}={kept!r}, not {value!r}: name another output_dir")
+
+
+def record_path(output: Path, name: str, seed: int) -> Path:
+    return output / "records" / f"{name}-{seed}.json"
+
+
+def save_record(path: Path, record: dict[str, Any]):
+    """Write a record, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def load_records(output: str | Path) -> list[dict[str, Any]]:
+    """Return the records of an output folder, by task and seed.
+
+    Raises:
+        ValueError: a damaged record.
+    """
+    records = []
+    for path in Path(output, "records").glob("*.json"):
+        try:
+            records.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: delete it ({error})") from error
+    return sorted(records, key=lambda record: (record["task"], record["seed"]))
+
+
+def scores_by_task(
+    records: dict[str, list[dict[str, Any]]],
+) -> tuple[dict[str, str], dict[str, dict[str, list[float]]]]:
+    """Return each task's metric, and the scores.
+
+    Args:
+        records: of each model, by its name.
+    """
+    metrics, scores = {}, {}
+    for model, found in records.items():
+        scores[model] = {}
+        for record in found:
+            metrics[record["task"]] = record["metric"]
+            scores[model].setdefault(record["task"], []).append(100 * record["score"])
+    return metrics, scores
+
+
+def format_scores(values: list[float]) -> str:
+    """Return "mean ± standard deviation", or the score of a single seed."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def score_table(records: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a Markdown table of mean ± standard deviation over the seeds, in percent; a row for each model."""
+    metrics, scores = scores_by_task(records)
+    header = ["model", *(f"{task} ({metric})" for task, metric in metrics.items()), "mean"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for model, found in scores.items():
+        cells = [format_scores(found[task]) if task in found else "" for task in metrics]
+        mean = f"{statistics.mean(map(statistics.mean, found.values())):.2f}" if all(cells) else ""
+        lines.append(f"| {model} | {' | '.join(cells)} | {mean} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_scores(records: dict[str, list[dict[str, Any]]], path: Path):
+    """Draw each model's mean score by task, with the standard deviation over the seeds."""
+    metrics, scores = scores_by_task(records)
+    tasks = list(metrics)
+    figure = Figure(figsize=(max(5, 1.2 * len(tasks) + 2), 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot(ylabel="score (%)")
+    width = 0.8 / len(scores)
+    for i, (model, found) in enumerate(scores.items()):
+        places = [tasks.index(task) + (i - (len(scores) - 1) / 2) * width for task in found]
+        means = [statistics.mean(values) for values in found.values()]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found.values()]
+        hatch = ["", "//", "..", "xx", "\\\\", "++"][i % 6]
+        axes.bar(places, means, width, yerr=spread, capsize=3, label=model, hatch=hatch, edgecolor="white")
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    figure.savefig(path)
