@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from ..data import load_tokenizer
 from ..data.tasks import GLUE, Task, glue_task, load_glue, load_task
 from ..training.arguments import FinetuningArguments, read_overrides
-from ..training.finetuning import finetune
+from ..training.finetuning import check_max_length, finetune
 from ..training.metrics import task_metrics
 from .efficiency import environment
 from .records import (
@@ -124,6 +124,7 @@ def run_classification(
             it, if tasks failed.
     """
     output = Path(training_args.output_dir)
+    check_max_length(arguments.model, arguments.max_length)
     tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model)
     settings = run_settings(arguments, training_args)
     check_settings(output, settings)

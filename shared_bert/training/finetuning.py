@@ -84,6 +84,13 @@ def load_for_task(
         logging.set_verbosity(verbosity)
 
 
+def check_max_length(name_or_path: str, max_length: int):
+    """Raise a ValueError if rows of `max_length` tokens are too long for a model."""
+    most = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).max_position_embeddings
+    if max_length > most:
+        raise ValueError(f"max_length={max_length} is more than the model's max_position_embeddings={most}")
+
+
 def label_fields(task: Task) -> dict[str, Any]:
     """Return the config fields of a head for the labels of a task."""
     names = task.labels or ("score",)
@@ -120,6 +127,7 @@ def finetune(
         ValueError, OSError: see `load_for_task`.
         FloatingPointError: training diverged.
     """
+    check_max_length(name_or_path, max_length)
     checkpoint = starting_checkpoint(training_args)
     metrics = task_metrics(task.metrics, task.labels is None)
     with training_args.main_process_first(local=False, desc="tokenizing"):

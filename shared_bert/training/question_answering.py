@@ -24,7 +24,7 @@ from ..data.squad import (
     with_threshold,
 )
 from .arguments import FinetuningArguments
-from .finetuning import FinetuningTrainer, load_for_task
+from .finetuning import FinetuningTrainer, check_max_length, load_for_task
 from .run import run_training, starting_checkpoint
 
 
@@ -60,12 +60,10 @@ def finetune_squad(
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, which finds answers in their context")
+    check_max_length(name_or_path, max_length)
     checkpoint = starting_checkpoint(training_args)
     set_seed(training_args.seed)
     model = load_for_task(AutoModelForQuestionAnswering, name_or_path, tokenizer, config_overrides)
-    most = model.config.max_position_embeddings
-    if max_length > most:
-        raise ValueError(f"max_length={max_length} is more than the model's max_position_embeddings={most}")
     windows, of_train = training_windows(train, tokenizer, max_length, stride)
     if not windows:
         raise ValueError(f"none of {of_train.questions} questions has its answer in its context")

@@ -105,6 +105,13 @@ def test_a_task_that_fails_does_not_stop_the_others(saved, glue, tmp_path):
     assert "mrpc" in (tmp_path / "out" / "results.md").read_text()
 
 
+def test_rows_longer_than_the_model_are_refused(saved, glue, tmp_path):
+    arguments = GlueArguments(model=saved("bert"), data_dir=str(glue), max_length=41)
+    with pytest.raises(ValueError, match="max_length=41 is more than the model's max_position_embeddings=40"):
+        run_classification(arguments, FinetuningArguments(output_dir=str(tmp_path / "out"), use_cpu=True))
+    assert not (tmp_path / "out").exists()
+
+
 def test_seeds_differ_and_repeat(saved, glue, tmp_path):
     model = saved("bert")
     first = run(model, glue, tmp_path, tasks="stsb", seeds="0,1")
@@ -123,6 +130,7 @@ def test_other_files_are_fine_tuned_on(saved, tmp_path):
         )
     files = [f"--{name}_file={tmp_path / name}.parquet" for name in ("train", "validation")]
     command = [str(ROOT / "configs" / "finetune" / "text.yaml"), "--model", saved("bert"), *files, "--use_cpu", "true"]
+    command += ["--max_length", "16"]
     classes = ["--text_columns", "a,b", "--label_column", "answer", "--output_dir", str(tmp_path / "classes")]
     assert main([*command, *classes, "--num_train_epochs", "1"]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classes" / "train" / "seed-0")
