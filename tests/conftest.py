@@ -1,12 +1,24 @@
 """Tiny models that all tests share."""
 
+import functools
+import gc
+
 import pytest
 import torch
 
 import shared_bert
+from shared_bert.training import throughput
 
 # Threads cost tiny models more than they give.
 torch.set_num_threads(1)
+# Measured once for all runs: it takes as long as a tiny run does.
+throughput._measured_flops = functools.cache(throughput._measured_flops)
+
+
+def pytest_collection_finish():
+    """Libraries are not garbage: without this, Trainer would search them in every run."""
+    gc.freeze()
+
 
 TINY = {
     "hidden_size": 32,
