@@ -1,9 +1,10 @@
-"""Fine-tune a model on GLUE, SQuAD or texts with labels, and write records, a table and models.
+"""Fine-tune a model on GLUE, SQuAD or data of your own, and write records, a table and models.
 
 python scripts/finetune.py configs/finetune/glue.yaml --model runs/mine --tasks sst2,mrpc --seeds 0,1,2
 python scripts/finetune.py configs/finetune/glue.yaml --model google-bert/bert-base-uncased --data_dir path/to/glue
 python scripts/finetune.py configs/finetune/squad.yaml --model runs/mine --train_file A.json --validation_file B.json
 python scripts/finetune.py configs/finetune/text.yaml --model runs/mine --train_file A.json --validation_file B.json
+python scripts/finetune.py configs/finetune/tokens.yaml --model runs/mine --dataset_name eriktks/conll2003
 
 Runs that have a record in OUTPUT_DIR are skipped, so an interrupted command continues.
 """
@@ -12,7 +13,7 @@ import argparse
 import sys
 
 from shared_bert.command_line import reports_user_errors
-from shared_bert.evaluation.classification import GlueArguments, TextArguments, run_classification
+from shared_bert.evaluation.classification import GlueArguments, TaskArguments, run_classification
 from shared_bert.evaluation.records import score_table
 from shared_bert.evaluation.squad import SquadArguments, run_squad, squad_table
 from shared_bert.training import FinetuningArguments
@@ -21,7 +22,9 @@ from shared_bert.training.yaml_files import load_mapping
 
 KINDS = {
     "glue": (GlueArguments, run_classification, score_table),
-    "text": (TextArguments, run_classification, score_table),
+    "text": (TaskArguments, run_classification, score_table),
+    "tokens": (TaskArguments, run_classification, score_table),
+    "choice": (TaskArguments, run_classification, score_table),
     "squad": (SquadArguments, run_squad, squad_table),
 }
 

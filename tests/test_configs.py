@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
 from shared_bert.data.tasks import GLUE
-from shared_bert.evaluation.classification import GlueArguments, TextArguments
+from shared_bert.evaluation.classification import GlueArguments, TaskArguments
 from shared_bert.evaluation.squad import SquadArguments
 from shared_bert.training import FinetuningArguments, ModelArguments, parse_recipe
 from shared_bert.training.models import config_fields, make_model
@@ -48,7 +48,7 @@ def test_pretraining_recipes_parse_and_build(path):
 def test_finetuning_recipes_parse(path):
     arguments = [str(path), "--model", "any", "--use_cpu"]
     files = ["--train_file", "a.parquet", "--validation_file", "b.parquet"]
-    other_kinds = {"squad": SquadArguments, "text": TextArguments}
+    other_kinds = {"squad": SquadArguments, **dict.fromkeys(("text", "tokens", "choice"), TaskArguments)}
     if of_kind := other_kinds.get(load_mapping(path).get("kind")):
         _, training_args = parse_arguments([*arguments, *files], (of_kind, FinetuningArguments))
     else:

@@ -5,7 +5,6 @@ of its own; `document_ids` number the segments of a block, so that attention can
 BERT's segments are each wrapped in [CLS] … [SEP]; GPT's documents each end in <|endoftext|>.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -18,7 +17,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from .arrow_cache import cached_dataset
-from .tokenizers import TEXTS_PER_BATCH, encodable
+from .tokenizers import TEXTS_PER_BATCH, encodable, serialized
 
 PACKING_VERSION = 1  # increase it with every change to the blocks of the same text
 MIN_BLOCK_SIZE = 8
@@ -80,7 +79,7 @@ def pack(
         return IterableDataset.from_generator(partial(_stream_rows, tokens, fill), features=features)
 
     # `datasets` has no public name for the hash of a data set's contents.
-    tokens_key = Hasher.hash([PACKING_VERSION, documents._fingerprint, _serialized(tokenizer), whole])
+    tokens_key = Hasher.hash([PACKING_VERSION, documents._fingerprint, serialized(tokenizer), whole])
     blocks_key = Hasher.hash([tokens_key, block_size, cut, tokenizer.pad_token_id, separate_documents])
 
     def tables() -> Iterator[pa.Table]:
@@ -113,13 +112,6 @@ def _wrappings(tokenizer: PreTrainedTokenizerBase, separate_documents: bool) -> 
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has neither cls_token and sep_token nor eos_token")
     return ([], [tokenizer.eos_token_id]), ([], [])
-
-
-def _serialized(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, which packing needs")
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({**state, "padding": None, "truncation": None})  # they change with every call
 
 
 def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, wrapping: Wrapping) -> dict[str, list]:

@@ -1,16 +1,21 @@
-"""Tasks of text classification and regression: the GLUE tasks as one table, and how their rows become tokens."""
+"""Tasks with labels: the GLUE tasks as one table, tasks of other files, and how their rows become tokens."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.losses import IGNORED
 from .sources import FORMATS
+from .tokenizers import serialized
 
+TOKENIZING_VERSION = 1  # increase it with every change to the tokens of the same rows
 GLUE_ON_THE_HUB = "nyu-mll/glue"
 LABEL = "label"
 
@@ -20,16 +25,28 @@ class Task:
     """What a task's rows hold.
 
     Args:
-        texts: the columns of one text, or of a pair.
+        texts: the columns of one text, or of a pair. Of kind "tokens": the column of the lists of words. Of kind
+            "choice": the first text is read with each choice; a second one begins each choice.
         labels: the names of the classes, in the order of their numbers; None for a task whose label is a number.
         metrics: names in `training.metrics`; the first is the task's score.
         validation: the splits to evaluate on.
+        kind: "text" has a label per row, "tokens" a label per word, and the label of "choice" is the right choice.
+        choices: of kind "choice": the columns of the choices, or the one column of their lists.
     """
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None
     metrics: tuple[str, ...]
     validation: tuple[str, ...] = ("validation",)
+    kind: str = "text"
+    choices: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.texts, *self.choices, LABEL)
+
+    def choices_of(self, row: Mapping) -> list[str]:
+        return list(row[self.choices[0]]) if len(self.choices) == 1 else [row[column] for column in self.choices]
 
 
 # Wang et al., arXiv 1804.07461; metrics as Kowsher et al., arXiv 2412.00359, report them, with F1 as GLUE does.
@@ -76,16 +93,22 @@ def load_glue(name: str, folder: str | Path | None = None) -> dict[str, Dataset]
     """
     task = glue_task(name)
     splits = ("train", *task.validation)
-    rows = _from_hub(name) if folder is None else _from_folder(Path(folder, name), splits)
+    rows = load_from_hub(GLUE_ON_THE_HUB, name) if folder is None else _from_folder(Path(folder, name), splits)
     return {split: check_split(rows[split], task, f"{name}, {split}") for split in splits}
 
 
-def _from_hub(name: str) -> DatasetDict:
+def load_from_hub(dataset_name: str, config_name: str | None = None) -> DatasetDict:
+    """Load all splits of a data set of the Hub.
+
+    Raises:
+        FileNotFoundError: it does not exist, or the Hub cannot be reached.
+    """
     try:
-        return load_dataset(GLUE_ON_THE_HUB, name)
+        return load_dataset(dataset_name, config_name)
     except (OSError, DatasetGenerationError, DatasetNotFoundError) as error:
+        of_config = f" ({config_name})" if config_name else ""
         raise FileNotFoundError(
-            f"the task {name!r} could not be loaded from {GLUE_ON_THE_HUB!r}; give a folder of local files: {error}"
+            f"{dataset_name}{of_config} could not be loaded from the Hub; give local files: {error}"
         ) from error
 
 
@@ -95,66 +118,100 @@ def _from_folder(folder: Path, splits: tuple[str, ...]) -> dict[str, Dataset]:
         found = [path for suffix in FORMATS if suffix != ".txt" and (path := folder / f"{split}{suffix}").is_file()]
         if not found:
             raise FileNotFoundError(f"{folder} has no file {split}.parquet, {split}.jsonl or {split}.json")
-        rows[split] = _read(found[0])
+        rows[split] = load_file(found[0])
     return rows
 
 
-def _read(path: Path) -> Dataset:
+def load_file(path: str | Path) -> Dataset:
+    """Load the rows of a .parquet, .jsonl or .json file.
+
+    Raises:
+        ValueError: a file that cannot be read.
+        FileNotFoundError: a missing file.
+    """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     if FORMATS.get(path.suffix, "text") == "text":
         raise ValueError(f"{path} must end in .parquet, .jsonl or .json")
     try:
-        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(FORMATS[path.suffix], data_files=escape(str(path)), split="train")
     except (DatasetGenerationError, ValueError) as error:  # a ValueError where there are no rows
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
 
 
-def load_task(
-    files: dict[str, str],
+def task_of_rows(
+    rows: dict[str, Dataset],
     texts: tuple[str, ...],
     label_column: str = LABEL,
     regression: bool = False,
-    metrics: tuple[str, ...] = ("accuracy",),
+    metrics: tuple[str, ...] = (),
+    kind: str = "text",
+    choices: tuple[str, ...] = (),
 ) -> tuple[Task, dict[str, Dataset]]:
-    """Return the task of files of texts, or of pairs of texts, with labels, and its rows by split.
+    """Return the task of rows in columns of one's own, and the rows in its columns.
 
     Args:
-        files: of "train" and "validation".
-        texts: the columns of the text or of the pair.
-        label_column: numbers to predict with `regression`; else classes, as numbers or names. The labels of the
-            training file are the classes.
+        rows: "train" and "validation".
+        texts, kind, choices: see `Task`.
+        label_column: numbers to predict with `regression`; else classes, as numbers or names, in a list for each row
+            if the kind is "tokens". The labels of the training rows are the classes.
+        metrics: by default accuracy; for regression Pearson's and Spearman's correlation; for labels of words that
+            mark spans (B-PER, I-PER) the spans' F1, precision and recall besides.
 
     Raises:
-        ValueError: a file that cannot be read, a missing column, no rows, or labels that are not in the training file.
-        FileNotFoundError: a missing file.
+        ValueError: a missing column, no rows, or labels that are not in the training rows.
     """
-    rows = {split: _read(Path(path)) for split, path in files.items()}
     for split, of_split in rows.items():
-        for column in (*texts, label_column):
-            if column not in of_split.column_names:
-                names = ", ".join(of_split.column_names)
-                raise ValueError(f"{files[split]}: there is no column {column!r}, only {names}")
-        of_split = of_split.select_columns([*texts, label_column])
-        rows[split] = of_split if label_column == LABEL else of_split.rename_column(label_column, LABEL)
-    if regression:
-        task = Task(texts, None, metrics)
-    else:
-        feature = rows["train"].features[LABEL]
-        known = list(feature.names) if isinstance(feature, ClassLabel) else sorted(set(rows["train"][LABEL]), key=str)
-        task = Task(texts, tuple(map(str, known)), metrics)
+        _check_columns(of_split, (*texts, *choices, label_column), split)
+        of_split = of_split.select_columns([*texts, *choices, label_column])
+        rows = {**rows, split: of_split if label_column == LABEL else of_split.rename_column(label_column, LABEL)}
+    labels = None
+    if not regression:
+        feature = _label_feature(rows["train"])
+        known = getattr(feature, "names", None) or sorted(set(_labels(rows["train"])))
+        labels = tuple(map(str, known))
         if not isinstance(feature, ClassLabel):
-            rows = {split: _numbered(of_split, known, files[split]) for split, of_split in rows.items()}
-    return task, {split: check_split(of_split, task, files[split]) for split, of_split in rows.items()}
+            rows = {split: _numbered(of_split, known, split) for split, of_split in rows.items()}
+    if not metrics:
+        metrics = _default_metrics(kind, labels)
+    task = Task(texts, labels, metrics, kind=kind, choices=choices)
+    return task, {split: check_split(of_split, task, split) for split, of_split in rows.items()}
+
+
+def _default_metrics(kind: str, labels: tuple[str, ...] | None) -> tuple[str, ...]:
+    if labels is None:
+        return ("pearson", "spearmanr")
+    if kind == "tokens" and any(label.startswith("B-") for label in labels):
+        return ("span_f1", "span_precision", "span_recall", "accuracy")
+    return ("accuracy",)
+
+
+def _label_feature(rows: Dataset):
+    feature = rows.features[LABEL]
+    return getattr(feature, "feature", feature)  # of a list
+
+
+def _labels(rows: Dataset) -> Iterator:
+    """Yield the label of each row, or of each word."""
+    for label in rows[LABEL]:
+        yield from label if isinstance(label, list) else (label,)
 
 
 def _numbered(rows: Dataset, labels: list, origin: str) -> Dataset:
     """Replace labels by their place in `labels`."""
     numbers = {label: number for number, label in enumerate(labels)}
-    if unknown := set(rows[LABEL]) - numbers.keys():
-        raise ValueError(f"{origin}: the labels {', '.join(map(str, unknown))} are not in the training file")
-    found = [numbers[label] for label in rows[LABEL]]
+    if unknown := set(_labels(rows)) - numbers.keys():
+        names = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(f"{origin}: the labels {names} are not in the training rows")
+    found = [[numbers[word] for word in row] if isinstance(row, list) else numbers[row] for row in rows[LABEL]]
     return rows.remove_columns(LABEL).add_column(LABEL, found)
+
+
+def _check_columns(rows: Dataset, columns: tuple[str, ...], origin: str):
+    for column in columns:
+        if column not in rows.column_names:
+            raise ValueError(f"{origin}: there is no column {column!r}, only {', '.join(rows.column_names)}")
 
 
 def check_split(rows: Dataset, task: Task, origin: str) -> Dataset:
@@ -164,27 +221,35 @@ def check_split(rows: Dataset, task: Task, origin: str) -> Dataset:
         origin: names the rows in errors.
 
     Raises:
-        ValueError: a missing column, no rows, or labels that the task does not have.
+        ValueError: a missing column, no rows, labels that the task does not have, or other numbers of labels than of
+            words, or of choices than of labels.
     """
-    columns = (*task.texts, LABEL)
-    for column in columns:
-        if column not in rows.column_names:
-            raise ValueError(f"{origin}: there is no column {column!r}, only {', '.join(rows.column_names)}")
+    _check_columns(rows, task.columns, origin)
     if len(rows) == 0:
         raise ValueError(f"{origin}: there are no rows")
-    rows = rows.select_columns(list(columns))
+    rows = rows.select_columns(list(task.columns))
     if task.labels is None:
         return rows
-    feature = rows.features[LABEL]
+    feature = _label_feature(rows)
     if isinstance(feature, ClassLabel) and tuple(feature.names) != task.labels:
         raise ValueError(f"{origin}: the labels are {', '.join(feature.names)}, not {', '.join(task.labels)}")
-    unknown = sorted(set(rows.unique(LABEL)) - set(range(len(task.labels))), key=str)
+    unknown = sorted(set(_labels(rows)) - set(range(len(task.labels))), key=str)
     if unknown == [-1]:
         raise ValueError(f"{origin}: all labels are -1, as in a test split whose labels are not public")
     if unknown:
         names = ", ".join(map(str, unknown))
         raise ValueError(f"{origin}: the labels {names} are not from 0 to {len(task.labels) - 1}")
+    if task.kind != "text":
+        for place, row in enumerate(rows):
+            _check_lengths(row, task, f"{origin}, row {place}")
     return rows
+
+
+def _check_lengths(row: Mapping, task: Task, origin: str):
+    if task.kind == "tokens" and len(row[task.texts[0]]) != len(row[LABEL]):
+        raise ValueError(f"{origin}: there are {len(row[task.texts[0]])} words, but {len(row[LABEL])} labels")
+    if task.kind == "choice" and (number := len(task.choices_of(row))) != len(task.labels):
+        raise ValueError(f"{origin}: there are {number} choices, but {len(task.labels)} different labels")
 
 
 def tokenize_task(
@@ -197,13 +262,44 @@ def tokenize_task(
         padding: False leaves it to the collator; "max_length" pads every row to `max_length`.
 
     Returns:
-        Rows with the tokenizer's columns, `labels` (int or float) and `length` in tokens.
+        Rows with the tokenizer's columns (of kind "choice": a list for each choice), `labels` (int or float; of kind
+        "tokens" one for each token, that of a word at its first token, and -100 elsewhere) and `length` in tokens.
     """
 
-    def tokenize(batch: Mapping[str, list]) -> dict[str, list]:
-        texts = (batch[column] for column in task.texts)
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=padding)
+    def encode(*texts, **options):
+        return tokenizer(*texts, truncation=True, max_length=max_length, padding=padding, **options)
+
+    def text(batch: Mapping[str, list]) -> dict[str, list]:
+        encoded = encode(*(batch[column] for column in task.texts))
         labels = batch[LABEL] if task.labels else [float(label) for label in batch[LABEL]]
         return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
+    def tokens(batch: Mapping[str, list]) -> dict[str, list]:
+        encoded = encode(batch[task.texts[0]], is_split_into_words=True)
+        labels = [_at_first_tokens(encoded.word_ids(row), of_row) for row, of_row in enumerate(batch[LABEL])]
+        return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    def choice(row: Mapping) -> dict:
+        first, *start = (row[column] for column in task.texts)
+        choices = [" ".join([*start, choice]) for choice in task.choices_of(row)]
+        encoded = encode([first] * len(choices), choices)
+        return {**encoded, "labels": row[LABEL], "length": max(map(len, encoded["input_ids"]))}
+
+    tokenize = {"text": text, "tokens": tokens, "choice": choice}[task.kind]
+    # `datasets` would hash the tokenizer, which changes with every call.
+    key = [TOKENIZING_VERSION, rows._fingerprint, serialized(tokenizer), task, max_length, padding]
+    return rows.map(
+        tokenize,
+        batched=task.kind != "choice",
+        remove_columns=rows.column_names,
+        new_fingerprint=Hasher.hash(key),
+        desc="Tokenizing",
+    )
+
+
+def _at_first_tokens(words: list[int | None], labels: list[int]) -> list[int]:
+    """Return a label for each token: that of its word at the word's first token, else -100."""
+    return [
+        labels[word] if word is not None and word != previous else IGNORED
+        for previous, word in zip([None, *words], words, strict=False)
+    ]

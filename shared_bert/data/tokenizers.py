@@ -4,6 +4,7 @@ A trained tokenizer is a stock `BertTokenizer` or `GPT2Tokenizer`, trained with 
 so that it loads without this package.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -63,6 +64,19 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def serialized(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the tokens of a text depend on, to be hashed.
+
+    Raises:
+        ValueError: a tokenizer that is not fast.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, which is needed here")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    sides = [tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_input_names]
+    return json.dumps([{**state, "padding": None, "truncation": None}, sides])  # they change with every call
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Tasks of classification and regression: a model fine-tuned on each with several seeds, on GLUE or on other files."""
+"""Tasks with labels: a model fine-tuned on each with several seeds, on GLUE or on data of one's own."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,10 +8,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data import load_tokenizer
-from ..data.tasks import GLUE, Task, glue_task, load_glue, load_task
+from ..data.tasks import GLUE, GLUE_ON_THE_HUB, Task, glue_task, load_file, load_from_hub, load_glue, task_of_rows
 from ..training.arguments import FinetuningArguments, read_overrides
 from ..training.finetuning import check_max_length, finetune
-from ..training.metrics import task_metrics
+from ..training.metrics import check_metrics
 from .efficiency import environment
 from .records import (
     check_settings,
@@ -75,41 +75,83 @@ class GlueArguments(ClassificationArguments):
         """Return each task with its splits."""
         return {name: (GLUE[name], load_glue(name, self.data_dir)) for name in self.task_names}
 
+    def data_of(self, name: str) -> dict[str, str | None]:
+        """Return the names of a task's data, for `run.json`."""
+        return {"dataset_name": GLUE_ON_THE_HUB, "dataset_config_name": name}
+
 
 @dataclass(kw_only=True)
-class TextArguments(ClassificationArguments):
-    """Fine-tuning on files of texts, or of pairs of texts, with labels.
+class TaskArguments(ClassificationArguments):
+    """Fine-tuning on data of one's own, in files or on the Hub; kinds of tasks are described in `Task`.
 
     Raises:
-        ValueError: see `ClassificationArguments`; not one or two columns of text, or an unknown metric.
+        ValueError: see `ClassificationArguments`; no data, columns that the kind does not take, or an unknown metric.
     """
 
-    train_file: str = field(metadata={"help": "A .parquet, .jsonl or .json file."})
-    validation_file: str = field(metadata={"help": "The same, to evaluate on."})
-    kind: str = _option("text", "Of the recipe.", choices=["text"])
-    text_columns: str = _option("text", "The column of the text, or the two of a pair, separated by a comma.")
+    kind: str = _option(
+        "text",
+        "A label per text or pair, a label per word, or the right choice.",
+        choices=["text", "tokens", "choice"],
+    )
+    train_file: str | None = _option(None, "A .parquet, .jsonl or .json file.")
+    validation_file: str | None = _option(None, "The same, to evaluate on.")
+    dataset_name: str | None = _option(None, "Instead of files: a data set of the Hub.")
+    dataset_config_name: str | None = _option(None, "The data set's configuration.")
+    validation_split: str = _option("validation", "The data set's split to evaluate on.")
+    text_columns: str | None = _option(
+        None,
+        "text: the column of the text, or the two of a pair, separated by a comma. tokens: the column of the lists of "
+        "words. choice: the column of the text before the choices, or two, the second of which begins each choice. "
+        "The default is text, for tokens it is tokens.",
+    )
+    choice_columns: str | None = _option(None, "choice: the columns of the choices, or the one of their lists.")
     label_column: str = _option("label", "The column of the labels: numbers from 0, or names.")
     regression: bool = _option(False, "Labels are numbers to predict, not classes.")
-    metrics: str | None = _option(None, "Separated by commas; else accuracy, for regression pearson and spearmanr.")
+    metrics: str | None = _option(
+        None, "Separated by commas; else accuracy, for regression pearson,spearmanr, for spans of words their F1."
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        self.columns = tuple(self.text_columns.split(","))
-        if len(self.columns) > 2:
-            raise ValueError(f"text_columns={self.text_columns!r} must name one column or two")
-        default = "pearson,spearmanr" if self.regression else "accuracy"
-        self.metric_names = tuple((self.metrics or default).split(","))
-        task_metrics(self.metric_names, self.regression)
+        if bool(self.dataset_name) == bool(self.train_file and self.validation_file):
+            raise ValueError("no data is named: give train_file and validation_file, or else dataset_name")
+        self.texts = _names(self.text_columns) or (("tokens",) if self.kind == "tokens" else ("text",))
+        self.choices = _names(self.choice_columns)
+        most = 1 if self.kind == "tokens" else 2
+        if len(self.texts) > most:
+            raise ValueError(f"text_columns={self.text_columns!r}: {self.kind} takes {most} at most")
+        if bool(self.choices) != (self.kind == "choice"):
+            raise ValueError(f"choice_columns={self.choice_columns!r} is for kind=choice, which needs it")
+        if self.regression and self.kind != "text":
+            raise ValueError(f"regression=true is for kind=text, not {self.kind}")
+        self.metric_names = _names(self.metrics)
+        check_metrics(self.metric_names)
 
     def load(self) -> dict[str, tuple[Task, dict[str, Dataset]]]:
-        """Return the task with its splits, under the name of the training file."""
-        files = {"train": self.train_file, "validation": self.validation_file}
-        task, splits = load_task(files, self.columns, self.label_column, self.regression, self.metric_names)
-        return {Path(self.train_file).stem: (task, splits)}
+        """Return the task with its splits, under the name of the training file or the data set."""
+        if self.dataset_name:
+            splits = load_from_hub(self.dataset_name, self.dataset_config_name)
+            for split in ("train", self.validation_split):
+                if split not in splits:
+                    raise ValueError(f"{self.dataset_name} has no split {split!r}, only {', '.join(splits)}")
+            rows = {"train": splits["train"], "validation": splits[self.validation_split]}
+        else:
+            rows = {"train": load_file(self.train_file), "validation": load_file(self.validation_file)}
+        task = task_of_rows(
+            rows, self.texts, self.label_column, self.regression, self.metric_names, self.kind, self.choices
+        )
+        return {Path(self.dataset_name or self.train_file).stem: task}
+
+    def data_of(self, name: str) -> dict[str, str | None]:
+        return {name: getattr(self, name) for name in ("dataset_name", "dataset_config_name", "train_file")}
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
 def run_classification(
-    arguments: GlueArguments | TextArguments, training_args: FinetuningArguments
+    arguments: GlueArguments | TaskArguments, training_args: FinetuningArguments
 ) -> list[dict[str, Any]]:
     """Fine-tune on all tasks with all seeds, and write records, a table and a plot into `output_dir`.
 
@@ -163,12 +205,22 @@ def _run(
     seed: int,
     task: Task,
     splits: dict[str, Dataset],
-    arguments: ClassificationArguments,
+    arguments: GlueArguments | TaskArguments,
     training_args: FinetuningArguments,
     tokenizer,
 ) -> dict[str, Any]:
     folder = Path(training_args.output_dir, name, f"seed-{seed}")
+    names = metric_names(task)
     args = replace(training_args, output_dir=str(folder), seed=seed, overwrite_output_dir=True)
+    if arguments.epoch == "best":
+        args = replace(
+            args,
+            load_best_model_at_end=True,
+            metric_for_best_model=names[0],
+            save_strategy=args.eval_strategy,
+            save_total_limit=1,
+            save_only_model=True,
+        )
     splits = {split: _limited(split, rows, arguments) for split, rows in splits.items()}
     result = finetune(
         arguments.model,
@@ -179,9 +231,8 @@ def _run(
         max_length=arguments.max_length,
         padding="max_length" if arguments.pad_to_max_length else False,
         config_overrides=read_overrides(arguments.config_overrides or ""),
-        data={"dataset_name": "nyu-mll/glue" if arguments.kind == "glue" else None, "dataset_config_name": name},
+        data=arguments.data_of(name),
     )
-    names = metric_names(task)
     best = max(result["epochs"], key=lambda epoch: epoch[f"eval_{names[0]}"])
     chosen = best if arguments.epoch == "best" else result["epochs"][-1]
     return {

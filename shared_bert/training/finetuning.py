@@ -1,4 +1,4 @@
-"""Fine-tuning on a task of classification or regression."""
+"""Fine-tuning on a task with labels."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,7 +7,11 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +25,19 @@ from .arguments import FinetuningArguments
 from .metrics import task_metrics
 from .run import run_training, starting_checkpoint
 from .trainer import SafeTrainer
+
+
+# By the kind of a task.
+_HEADS = {
+    "text": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "choice": AutoModelForMultipleChoice,
+}
+_COLLATORS = {
+    "text": DataCollatorWithPadding,
+    "tokens": DataCollatorForTokenClassification,
+    "choice": DataCollatorForMultipleChoice,
+}
 
 
 class FinetuningTrainer(SafeTrainer):
@@ -93,6 +110,8 @@ def check_max_length(name_or_path: str, max_length: int):
 
 def label_fields(task: Task) -> dict[str, Any]:
     """Return the config fields of a head for the labels of a task."""
+    if task.kind == "choice":  # its head scores each choice
+        return {}
     names = task.labels or ("score",)
     return {
         "id2label": dict(enumerate(names)),
@@ -129,17 +148,15 @@ def finetune(
     """
     check_max_length(name_or_path, max_length)
     checkpoint = starting_checkpoint(training_args)
-    metrics = task_metrics(task.metrics, task.labels is None)
+    metrics = task_metrics(task)
     with training_args.main_process_first(local=False, desc="tokenizing"):
         tokens = {split: tokenize_task(rows, task, tokenizer, max_length, padding) for split, rows in splits.items()}
     set_seed(training_args.seed)
-    model = load_for_task(
-        AutoModelForSequenceClassification, name_or_path, tokenizer, config_overrides, **label_fields(task)
-    )
+    model = load_for_task(_HEADS[task.kind], name_or_path, tokenizer, config_overrides, **label_fields(task))
     trainer = FinetuningTrainer(
         model=model,
         args=training_args,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=_COLLATORS[task.kind](tokenizer),
         processing_class=tokenizer,
         train_dataset=tokens["train"],
         eval_dataset=_evaluation_sets(tokens, task.validation),
@@ -158,10 +175,11 @@ def _evaluation_sets(tokens: dict[str, Dataset], splits: Collection[str]) -> Dat
 
 
 def evaluations(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Return the metrics of each evaluation in training, without the last one, which repeats the one before."""
+    """Return the metrics of each evaluation in training, without the one after it, which is at the same step."""
     by_step = {}
     for log in log_history:
         found = {name: value for name, value in log.items() if name.startswith("eval_")}
         if found:
-            by_step.setdefault(log["step"], {"step": log["step"], "epoch": log["epoch"]}).update(found)
+            of_step = by_step.setdefault(log["step"], {"step": log["step"], "epoch": log["epoch"]})
+            by_step[log["step"]] = {**found, **of_step}
     return list(by_step.values())

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ..data.tasks import Task
 from ..modeling.losses import IGNORED
 
 
@@ -64,27 +65,61 @@ TASK_METRICS = {
     "pearson": _correlation("pearsonr"),
     "spearmanr": _correlation("spearmanr"),
 }
+# Of spans of words, by seqeval: names of its functions, which take labels by name, a list for each row.
+SPAN_METRICS = {"span_f1": "f1_score", "span_precision": "precision_score", "span_recall": "recall_score"}
 
 
-def task_metrics(names: Collection[str], is_regression: bool) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return the metrics of a task, from logits [rows, labels] (or [rows, 1], the numbers themselves).
+def check_metrics(names: Collection[str]):
+    """Raise an error unless all metrics can be computed.
 
     Raises:
         ValueError: an unknown metric, with the nearest.
-        ImportError: scikit-learn or scipy is missing.
+        ImportError: scikit-learn, scipy or seqeval is missing.
     """
+    known = [*TASK_METRICS, *SPAN_METRICS]
     for name in names:
-        if name not in TASK_METRICS:
-            (nearest,) = difflib.get_close_matches(name, TASK_METRICS, n=1, cutoff=0)
-            raise ValueError(f"{name!r} is not a metric; the nearest is {nearest!r}")
-    for package in ("scipy", "sklearn"):
+        if name not in known:
+            (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            raise ValueError(f"{name!r} is not a metric; the nearest is {nearest!r}, and all are {', '.join(known)}")
+    for package in ("scipy", "sklearn", "seqeval"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"metrics of tasks need {package}: pip install 'shared_bert[finetune]'")
 
+
+def task_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return the metrics of a task, computed from its logits.
+
+    These are [rows, labels], for regression [rows, 1] (the numbers themselves), of kind "choice" [rows, choices], and
+    of kind "tokens" [rows, tokens, labels], of which only tokens with a label count.
+
+    Raises:
+        ValueError, ImportError: see `check_metrics`.
+    """
+    check_metrics(task.metrics)
+
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions
+        logits, labels = prediction.predictions, prediction.label_ids
         logits = logits[0] if isinstance(logits, tuple) else logits  # followed by hidden states or a cache
-        predictions = logits.squeeze(-1) if is_regression else logits.argmax(-1)
-        return {name: TASK_METRICS[name](predictions, prediction.label_ids) for name in names}
+        predictions = logits.argmax(-1) if task.labels else logits.squeeze(-1)
+        found = _span_metrics(predictions, labels, task) if task.kind == "tokens" else {}
+        if task.kind == "tokens":
+            predictions, labels = predictions[labels != IGNORED], labels[labels != IGNORED]
+        return {
+            name: found[name] if name in found else TASK_METRICS[name](predictions, labels) for name in task.metrics
+        }
 
     return metrics
+
+
+def _span_metrics(predictions: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, float]:
+    from seqeval import metrics
+
+    def names(rows: np.ndarray) -> list[list[str]]:
+        return [[task.labels[i] for i in row[of_row != IGNORED]] for row, of_row in zip(rows, labels, strict=True)]
+
+    spans = names(labels), names(predictions)
+    return {
+        name: float(getattr(metrics, SPAN_METRICS[name])(*spans, zero_division=0))
+        for name in task.metrics
+        if name in SPAN_METRICS
+    }

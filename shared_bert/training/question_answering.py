@@ -58,8 +58,6 @@ def finetune_squad(
         ValueError: a decoder, a tokenizer that is not fast, a window longer than the model's positions, or no question
             to train on.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, which finds answers in their context")
     check_max_length(name_or_path, max_length)
     checkpoint = starting_checkpoint(training_args)
     set_seed(training_args.seed)

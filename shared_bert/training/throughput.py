@@ -13,20 +13,27 @@ from ..modeling.projections import SharedLinear
 _DATASHEET = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
+def per_token_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Return the modules of the base model, without the pooler: it belongs to the head, and reads one token a row."""
+    modules = set(model.base_model.modules())
+    pooler = getattr(model.base_model, "pooler", None)
+    return modules if pooler is None else modules - set(pooler.modules())
+
+
 def training_flops_per_token(model: PreTrainedModel, sequence_length: int, predicted_share: float = 1.0) -> float:
     """Return the floating-point operations of one training step, per token of input.
 
     A token takes B + p·H + 2·L·n·d multiply-adds forward: B the elements of the base model's matrices, H those of
-    the head's, p the share of positions that the head predicts, and 2·n·d for the logits and the weighted sum of
-    attention in each of L layers of width d over n tokens. A multiply-add is 2 operations, and backward takes twice
-    forward: 6 in all. Embeddings are looked up and not counted; masked attention counts in full. A matrix that layers
-    share counts in each of them; assembling it takes nothing per token.
+    the head's and the pooler's, p the share of positions that the head predicts, and 2·n·d for the logits and the
+    weighted sum of attention in each of L layers of width d over n tokens. A multiply-add is 2 operations, and
+    backward takes twice forward: 6 in all. Embeddings are looked up and not counted; masked attention counts in full.
+    A matrix that layers share counts in each of them; assembling it takes nothing per token.
 
     Args:
         sequence_length: n, tokens per row.
         predicted_share: p, predicted positions per token.
     """
-    base_modules = set(model.base_model.modules())
+    base_modules = per_token_modules(model)
     not_per_token = {part for m in base_modules if isinstance(m, DepthSharing | nn.Embedding) for part in m.modules()}
     base = head = 0
     for module in model.modules():

@@ -11,11 +11,11 @@ from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, EvalPrediction
 
 import shared_bert
-from shared_bert.data.tasks import GLUE, check_split, load_glue, load_task, tokenize_task
+from shared_bert.data.tasks import GLUE, Task, check_split, load_glue, tokenize_task
 from shared_bert.evaluation.classification import GlueArguments, run_classification
 from shared_bert.evaluation.records import score_table
 from shared_bert.training import FinetuningArguments, FinetuningTrainer
-from shared_bert.training.metrics import TASK_METRICS, task_metrics
+from shared_bert.training.metrics import TASK_METRICS, check_metrics, task_metrics
 
 from ..conftest import TINY, tiny_model
 
@@ -121,44 +121,6 @@ def test_seeds_differ_and_repeat(saved, glue, tmp_path):
     assert again[1]["epochs"][-1]["eval_loss"] == pytest.approx(first[1]["epochs"][-1]["eval_loss"], rel=1e-5)
 
 
-def test_other_files_are_fine_tuned_on(saved, tmp_path):
-    main = runpy.run_path(str(ROOT / "scripts" / "finetune.py"))["main"]
-    for name, labels in (("train", ["yes", "no", "perhaps"] * 4), ("validation", ["no", "yes", "no"])):
-        rows = {"a": [WORDS[i % 4] for i in range(len(labels))], "b": [WORDS[0]] * len(labels), "answer": labels}
-        Dataset.from_dict({**rows, "size": [float(i) for i in range(len(labels))]}).to_parquet(
-            tmp_path / f"{name}.parquet"
-        )
-    files = [f"--{name}_file={tmp_path / name}.parquet" for name in ("train", "validation")]
-    command = [str(ROOT / "configs" / "finetune" / "text.yaml"), "--model", saved("bert"), *files, "--use_cpu", "true"]
-    command += ["--max_length", "16"]
-    classes = ["--text_columns", "a,b", "--label_column", "answer", "--output_dir", str(tmp_path / "classes")]
-    assert main([*command, *classes, "--num_train_epochs", "1"]) == 0
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classes" / "train" / "seed-0")
-    assert model.config.id2label == {0: "no", 1: "perhaps", 2: "yes"}
-    record = json.loads((tmp_path / "classes" / "records" / "train-0.json").read_text())
-    assert (record["metric"], record["rows"]) == ("accuracy", {"train": 12, "validation": 3})
-    numbers = ["--text_columns", "a", "--label_column", "size", "--regression", "true"]
-    assert main([*command, *numbers, "--output_dir", str(tmp_path / "numbers"), "--num_train_epochs", "1"]) == 0
-    record = json.loads((tmp_path / "numbers" / "records" / "train-0.json").read_text())
-    assert list(record["metrics"]) == ["pearson", "spearmanr"]
-
-
-def test_labels_of_other_files_are_checked(tmp_path):
-    def write(name, labels):
-        Dataset.from_dict({"text": [WORDS[0]] * len(labels), "label": labels}).to_parquet(tmp_path / f"{name}.parquet")
-        return str(tmp_path / f"{name}.parquet")
-
-    files = {"train": write("train", ["a", "b"]), "validation": write("validation", ["a", "c"])}
-    with pytest.raises(ValueError, match=r"validation.parquet: the labels c are not in the training file"):
-        load_task(files, ("text",))
-    with pytest.raises(ValueError, match=r"train.parquet: there is no column 'texts', only text, label"):
-        load_task(files, ("texts",))
-    with pytest.raises(FileNotFoundError, match=r"missing.json does not exist"):
-        load_task({**files, "train": str(tmp_path / "missing.json")}, ("text",))
-    task, splits = load_task({**files, "validation": write("validation", ["b", "b"])}, ("text",))
-    assert (task.labels, splits["validation"]["label"][:]) == (("a", "b"), [1, 1])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -213,7 +175,8 @@ def test_a_pair_is_one_row(glue, tokenizers):
 def test_metrics_are_those_of_the_definitions():
     generator = np.random.default_rng(0)
     labels, logits = generator.integers(2, size=50), generator.normal(size=(50, 2))
-    found = task_metrics(["accuracy", "f1", "matthews_correlation"], False)(EvalPrediction(logits, labels))
+    task = Task(("a",), ("no", "yes"), ("accuracy", "f1", "matthews_correlation"))
+    found = task_metrics(task)(EvalPrediction(logits, labels))
     predictions = logits.argmax(1)
     tp, tn = ((predictions == v) & (labels == v) for v in (1, 0))
     fp, fn = (predictions > labels).sum(), (predictions < labels).sum()
@@ -224,13 +187,14 @@ def test_metrics_are_those_of_the_definitions():
     assert found["matthews_correlation"] == pytest.approx((tp * tn - fp * fn) / root)
 
     targets, numbers = generator.normal(size=50), generator.normal(size=(50, 1))
-    found = task_metrics(["pearson", "spearmanr"], True)(EvalPrediction(numbers, targets))
+    task = Task(("a",), None, ("pearson", "spearmanr"))
+    found = task_metrics(task)(EvalPrediction(numbers, targets))
     assert found["pearson"] == pytest.approx(np.corrcoef(numbers[:, 0], targets)[0, 1])
     ranks = [values.argsort().argsort() for values in (numbers[:, 0], targets)]
     assert found["spearmanr"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    assert task_metrics(["pearson"], True)(EvalPrediction(np.ones((50, 1)), targets)) == {"pearson": 0.0}
+    assert task_metrics(task)(EvalPrediction(np.ones((50, 1)), targets)) == {"pearson": 0.0, "spearmanr": 0.0}
     with pytest.raises(ValueError, match="'acuracy' is not a metric; the nearest is 'accuracy'"):
-        task_metrics(["acuracy"], False)
+        check_metrics(["acuracy"])
 
 
 @pytest.mark.parametrize("name", TASK_METRICS)
