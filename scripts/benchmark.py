@@ -6,6 +6,7 @@ python scripts/benchmark.py train --device cuda --precision bf16 --compile
 python scripts/benchmark.py depth                      # what assembling the matrices of MASA adds to a step
 python scripts/benchmark.py decode                     # decoding with MASA and without
 python scripts/benchmark.py finetune --model FOLDER    # fine-tuning at real lengths, and with padding to 128
+python scripts/benchmark.py efficiency --model A,B,C   # size, work, time and memory of several models beside stock
 """
 
 import argparse
@@ -21,6 +22,7 @@ from shared_bert.command_line import reports_user_errors
 from shared_bert.data import load_tokenizer
 from shared_bert.data.tasks import load_glue
 from shared_bert.evaluation import StepSettings, compare_decoding, compare_training_steps, environment
+from shared_bert.evaluation.efficiency_table import efficiency_table, measure_efficiency, read_config
 from shared_bert.evaluation.finetuning_speed import compare_padding
 from shared_bert.training.arguments import read_overrides
 
@@ -132,6 +134,23 @@ def finetune(arguments: argparse.Namespace):
     write(arguments, [row])
 
 
+def efficiency(arguments: argparse.Namespace):
+    names = arguments.model.split(",")
+    result = measure_efficiency(
+        {name: read_config(name) for name in names},
+        load_tokenizer(arguments.tokenizer_name or names[0]),
+        arguments.task,
+        load_glue(arguments.task, arguments.data_dir),
+        rows=arguments.rows,
+        rounds=arguments.rounds,
+        device=arguments.device,
+    )
+    table = efficiency_table(result)
+    print(table)
+    write(arguments, [result])
+    arguments.output.with_suffix(".md").write_text(table + "\n")
+
+
 def write(arguments: argparse.Namespace, rows: list[dict]):
     result = {"commit": commit(), **environment(arguments.device), "results": rows}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -164,17 +183,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.set_defaults(run=decode, model_fields=shape, output=Path("runs/benchmark_decode.json"))
     command = commands.add_parser("finetune", help="fine-tuning at real lengths, compared with padding to 128 tokens")
     command.add_argument("--model", required=True, help="a folder, or a name on the Hub")
-    command.add_argument("--task", default="sst2", help="of GLUE")
-    command.add_argument("--data_dir", help="a folder per task; else the Hub")
-    command.add_argument("--rows", type=int, default=4096, help="train on no more rows than this")
+    add_task_options(command, "sst2", 4096)
     command.add_argument("--max_length", type=int, default=128, help="what the other side pads to")
     command.add_argument("--epochs", type=int, default=1)
     command.add_argument("--learning_rate", type=float, default=1e-4)
+    command.set_defaults(run=finetune, output=Path("runs/benchmark_finetune.json"))
+    command = commands.add_parser("efficiency", help="several models beside the stock model of the first one's shape")
+    command.add_argument("--model", required=True, help="folders, Hub names or YAML config files: A,B,C")
+    command.add_argument("--tokenizer_name", help="of all models; default: the first model's")
+    add_task_options(command, "cola", 1024)
+    command.set_defaults(run=efficiency, output=Path("runs/benchmark_efficiency.json"))
+    return parser.parse_args(arguments)
+
+
+def add_task_options(command: argparse.ArgumentParser, task: str, rows: int):
+    command.add_argument("--task", default=task, help="of GLUE")
+    command.add_argument("--data_dir", help="a folder per task; else the Hub")
+    command.add_argument("--rows", type=int, default=rows, help="train on no more rows than this")
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     command.add_argument("--rounds", type=int, default=3)
-    command.add_argument("--output", type=Path, default=Path("runs/benchmark_finetune.json"))
-    command.set_defaults(run=finetune)
-    return parser.parse_args(arguments)
+    command.add_argument("--output", type=Path)
 
 
 def add_common_options(command: argparse.ArgumentParser, shapes: list[tuple[int, int]]):

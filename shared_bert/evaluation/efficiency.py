@@ -113,16 +113,20 @@ def _batch(settings: StepSettings, vocab_size: int) -> dict:
     return {name: value.to(settings.device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def peak_memory(settings: StepSettings) -> int:
-    """Return the peak bytes of building the model and two steps, in a process of its own (CPU: Linux only)."""
+def peak_memory(settings, make_step: Callable[[Any], Callable] = TrainingStep) -> int:
+    """Return the peak bytes of making a step and running it twice, in a process of its own (CPU: Linux only).
+
+    Args:
+        settings: what `make_step` takes; its `device` is "cpu" or "cuda".
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory_here, (settings,))
+        return pool.apply(_peak_memory_here, (settings, make_step))
 
 
-def _peak_memory_here(settings: StepSettings) -> int:
+def _peak_memory_here(settings, make_step: Callable[[Any], Callable]) -> int:
     if settings.device == "cpu":
         before = _resident_peak()
-    step = TrainingStep(settings)
+    step = make_step(settings)
     for _ in range(2):
         step()
     return _resident_peak() - before if settings.device == "cpu" else torch.cuda.max_memory_allocated()
@@ -145,7 +149,7 @@ def compare_training_steps(compared: dict[str, StepSettings], rounds: int = 9, w
         `speedup`, the ratio of the median seconds (above 1 where the second model is faster), the quartiles of the
         ratios round by round, and `memory_ratio`, second to first.
     """
-    times = _take_turns({name: TrainingStep(settings) for name, settings in compared.items()}, rounds, warmup)
+    times = take_turns({name: TrainingStep(settings) for name, settings in compared.items()}, rounds, warmup)
     first, second = compared
     seconds = {name: statistics.median(measured) for name, measured in times.items()}
     tokens = {name: settings.batch_size * settings.sequence_length for name, settings in compared.items()}
@@ -168,7 +172,7 @@ def compare_decoding(compared: dict[str, StepSettings], new_tokens: int, rounds:
         By their names the settings and median seconds per new token (the prompt's share included), `speedup`, and the
         quartiles of the ratios round by round.
     """
-    times = _take_turns({name: Decoding(settings, new_tokens) for name, settings in compared.items()}, rounds, warmup)
+    times = take_turns({name: Decoding(settings, new_tokens) for name, settings in compared.items()}, rounds, warmup)
     return {
         "settings": {name: asdict(settings) for name, settings in compared.items()},
         "new_tokens": new_tokens,
@@ -178,7 +182,7 @@ def compare_decoding(compared: dict[str, StepSettings], new_tokens: int, rounds:
     }
 
 
-def _take_turns(jobs: dict[str, Callable], rounds: int, warmup: int) -> dict[str, list[float]]:
+def take_turns(jobs: dict[str, Callable], rounds: int, warmup: int) -> dict[str, list[float]]:
     """Return the seconds of each job in every round. A job must wait for the device."""
     times = {name: [] for name in jobs}
     for round_ in range(warmup + rounds):

@@ -8,12 +8,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..modeling import SelfAttention
 from ..modeling.depth_sharing import DepthSharing
 from ..training.arguments import ConfigArguments
 from ..training.models import config_fields, make_model
-from ..training.throughput import training_flops_per_token
+from ..training.throughput import per_token_modules, training_flops_per_token
+
+# Stock models have their attention's matrices in modules of these names.
+_STOCK_ATTENTION = {"attention", "attn"}
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | str | None = None) -> PreTrainedConfig:
@@ -37,12 +41,12 @@ def load_config(path: str | Path, overrides: dict[str, Any] | str | None = None)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model with its language-model head costs.
+    """What a model with its head costs.
 
     Args:
         parameters: their number by group; tied ones count once. "attention" includes the matrices that layers share,
-            "other" the norms and the head.
-        forward_flops: floating-point operations per token, with the head at every position.
+            "other" the norms and the head, with the pooler.
+        forward_flops: floating-point operations per token.
     """
 
     parameters: dict[str, int]
@@ -54,14 +58,23 @@ class Cost:
 
 
 def model_cost(config: PreTrainedConfig, sequence_length: int) -> Cost:
-    """Return the cost of a config; no weights are allocated.
+    """Return the cost of a config's language model, its head at every position; no weights are allocated.
 
     A coefficient network counts as the coefficients that replace it after training.
     """
     with torch.device("meta"):
         model = make_model(type(config).from_dict({**config.to_dict(), "coefficient_source": "direct"}))
+    return cost_of(model, sequence_length)
+
+
+def cost_of(model: PreTrainedModel, sequence_length: int, predicted_share: float = 1.0) -> Cost:
+    """Return the cost of a model, of this package or stock.
+
+    Args:
+        sequence_length, predicted_share: see `training_flops_per_token`.
+    """
     # Backward takes twice the operations of forward.
-    return Cost(_parameters_by_group(model), training_flops_per_token(model, sequence_length) / 3)
+    return Cost(_parameters_by_group(model), training_flops_per_token(model, sequence_length, predicted_share) / 3)
 
 
 def _parameters_by_group(model: PreTrainedModel) -> dict[str, int]:
@@ -72,10 +85,10 @@ def _parameters_by_group(model: PreTrainedModel) -> dict[str, int]:
             group_of |= dict.fromkeys(module.modules(), "attention")
         elif isinstance(module, nn.Embedding):
             group_of[module] = "embeddings"
-    # All other matrices of the base model are the MLP's.
-    for module in model.base_model.modules():
-        if isinstance(module, nn.Linear):
-            group_of.setdefault(module, "MLP")
+    per_token = per_token_modules(model)
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module in per_token:
+            group_of.setdefault(module, "MLP" if _STOCK_ATTENTION.isdisjoint(name.split(".")) else "attention")
     for name, parameter in model.named_parameters():  # gives tied ones once, under their first name
         module = model.get_submodule(name.rpartition(".")[0])
         groups[group_of.get(module, "other")] += parameter.numel()

@@ -13,6 +13,7 @@ from transformers import (
     DataCollatorForMultipleChoice,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -25,7 +26,6 @@ from .arguments import FinetuningArguments
 from .metrics import task_metrics
 from .run import run_training, starting_checkpoint
 from .trainer import SafeTrainer
-
 
 # By the kind of a task.
 _HEADS = {
@@ -57,6 +57,21 @@ class FinetuningTrainer(SafeTrainer):
         return optimizer
 
 
+def read_model_config(name_or_path: str) -> PreTrainedConfig:
+    """Return the config of a folder or of a name on the Hub.
+
+    Raises:
+        ValueError: there is none, or it is invalid.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no model could be loaded from {name_or_path!r}: give a folder with a config.json, or a name on the Hub "
+            f"that can be reached ({error})"
+        ) from error
+
+
 def load_for_task(
     auto_class: type,
     name_or_path: str,
@@ -72,11 +87,11 @@ def load_for_task(
         **fields: more config fields.
 
     Raises:
-        ValueError: an architecture without such a head, an unknown config field, damaged weights, or a tokenizer with
-            more tokens than the model.
-        OSError: the model does not exist, or has no weights in safetensors.
+        ValueError: no model, an architecture without such a head, an unknown config field, damaged weights, or a
+            tokenizer with more tokens than the model.
+        OSError: the model has no weights in safetensors.
     """
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    config = read_model_config(name_or_path)
     for name in config_overrides or {}:
         if name not in config.__dataclass_fields__:
             raise ValueError(f"config_overrides: a {config.model_type} has no field {name!r}")
@@ -103,7 +118,7 @@ def load_for_task(
 
 def check_max_length(name_or_path: str, max_length: int):
     """Raise a ValueError if rows of `max_length` tokens are too long for a model."""
-    most = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).max_position_embeddings
+    most = read_model_config(name_or_path).max_position_embeddings
     if max_length > most:
         raise ValueError(f"max_length={max_length} is more than the model's max_position_embeddings={most}")
 
