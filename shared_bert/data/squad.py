@@ -6,14 +6,18 @@ Rajpurkar et al., arXiv 1606.05250 (v1.1) and arXiv 1806.03822 (v2.0, with quest
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from datasets.fingerprint import Hasher
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from .tokenizers import serialized
+
+WINDOWS_VERSION = 1  # increase it with every change to the windows of the same rows
 COLUMNS = ("id", "question", "context", "answers")
 
 
@@ -59,8 +63,8 @@ class WindowReport:
 
 
 def training_windows(
-    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int = 384, stride: int = 128
-) -> tuple[list[dict[str, Any]], WindowReport]:
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 384, stride: int = 128
+) -> tuple[Dataset, WindowReport]:
     """Return the windows to train on: `input_ids` and the like, `start_positions` and `end_positions`.
 
     The first answer counts. A window without the whole answer has both positions at the first token, [CLS].
@@ -68,65 +72,98 @@ def training_windows(
     Args:
         max_length: tokens of a window, question included.
         stride: tokens that neighbouring windows of a context share.
+
+    Raises:
+        ValueError: a tokenizer that is not fast.
     """
-    report, found = WindowReport(), []
-    for row in rows:
-        report.questions += 1
-        texts, starts = row["answers"]["text"], row["answers"]["answer_start"]
-        if texts and row["context"][starts[0] : starts[0] + len(texts[0])] != texts[0]:
-            report.misplaced.append(row["id"])
-            continue
-        windows = _windows(row, tokenizer, max_length, stride, report)
-        for i in range(len(windows["input_ids"])):
-            window = {name: windows[name][i] for name in tokenizer.model_input_names if name in windows}
-            span = (0, 0)
-            if texts:
-                span = _token_span(windows, i, starts[0], starts[0] + len(texts[0]))
-            found.append({**window, "start_positions": span[0], "end_positions": span[1]})
-    report.windows = len(found)
-    return found, report
+    misplaced = [i for i, row in enumerate(rows) if _is_misplaced(row)]
+    kept = rows.select(sorted(set(range(len(rows))) - set(misplaced)))
+    windows = _windows(kept, tokenizer, max_length, stride, _answer_positions)
+    report = WindowReport(len(rows), len(windows), rows.select(misplaced)["id"][:], _shortened(windows))
+    return windows.remove_columns(["id", "is_shortened"]), report
 
 
 def evaluation_windows(
-    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int = 384, stride: int = 128
-) -> tuple[list[dict[str, Any]], WindowReport]:
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 384, stride: int = 128
+) -> tuple[Dataset, WindowReport]:
     """Return the windows to predict on: `input_ids` and the like, the question's `id`, and `offsets`.
 
-    `offsets` has the place of each token in the context, (start, end), or None where it is not of the context.
+    `offsets` has the place of each token in the context, [start, end], or None where it is not of the context.
+
+    Args, raises: as of `training_windows`.
     """
-    report, found = WindowReport(), []
-    for row in rows:
-        report.questions += 1
-        windows = _windows(row, tokenizer, max_length, stride, report)
-        for i in range(len(windows["input_ids"])):
-            window = {name: windows[name][i] for name in tokenizer.model_input_names if name in windows}
-            of_context = [kind == 1 for kind in windows.sequence_ids(i)]
-            pairs = zip(windows["offset_mapping"][i], of_context, strict=True)
-            offsets = [offset if is_context else None for offset, is_context in pairs]
-            found.append({**window, "id": row["id"], "offsets": offsets})
-    report.windows = len(found)
-    return found, report
+    windows = _windows(rows, tokenizer, max_length, stride, _context_offsets)
+    return windows.remove_columns("is_shortened"), WindowReport(len(rows), len(windows), [], _shortened(windows))
 
 
-def _windows(row, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int, report: WindowReport):
-    question = row["question"].strip()
-    ids = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+def _is_misplaced(row: dict[str, Any]) -> bool:
+    texts, starts = row["answers"]["text"], row["answers"]["answer_start"]
+    return bool(texts) and row["context"][starts[0] : starts[0] + len(texts[0])] != texts[0]
+
+
+def _shortened(windows: Dataset) -> list[str]:
+    pairs = zip(windows["id"], windows["is_shortened"], strict=True)
+    return list(dict.fromkeys(name for name, is_shortened in pairs if is_shortened))
+
+
+def _windows(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int,
+    more: Callable[[BatchEncoding, int, dict[str, list]], dict[str, Any]],
+) -> Dataset:
+    """Return windows with the tokenizer's columns, `id`, `is_shortened`, and the columns of `more`; they are cached.
+
+    A question of more than half a window is cut to that.
+    """
     most = max_length // 2
-    if len(ids["input_ids"]) > most:
-        report.shortened.append(row["id"])
-        question = question[: ids["offset_mapping"][most - 1][1]]
-    return tokenizer(
-        question,
-        row["context"],
-        truncation="only_second",
-        max_length=max_length,
-        stride=stride,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        questions = [question.strip() for question in batch["question"]]
+        alone = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        is_shortened = [len(offsets) > most for offsets in alone]
+        for i, offsets in enumerate(alone):
+            if is_shortened[i]:
+                questions[i] = questions[i][: offsets[most - 1][1]]
+        windows = tokenizer(
+            questions,
+            batch["context"],
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        row_of = windows["overflow_to_sample_mapping"]
+        columns = [more(windows, i, batch["answers"][row]) for i, row in enumerate(row_of)]
+        return {
+            **{name: windows[name] for name in tokenizer.model_input_names if name in windows},
+            "id": [batch["id"][row] for row in row_of],
+            "is_shortened": [is_shortened[row] for row in row_of],
+            **{name: [of_window[name] for of_window in columns] for name in (columns[0] if columns else ())},
+        }
+
+    key = [WINDOWS_VERSION, rows._fingerprint, serialized(tokenizer), max_length, stride, more.__name__]
+    return rows.map(
+        cut, batched=True, remove_columns=rows.column_names, new_fingerprint=Hasher.hash(key), desc="Cutting windows"
     )
 
 
-def _token_span(windows, i: int, start: int, end: int) -> tuple[int, int]:
+def _answer_positions(windows: BatchEncoding, i: int, answers: dict[str, list]) -> dict[str, int]:
+    start, end = 0, 0
+    if answers["text"]:
+        first = answers["answer_start"][0]
+        start, end = _token_span(windows, i, first, first + len(answers["text"][0]))
+    return {"start_positions": start, "end_positions": end}
+
+
+def _context_offsets(windows: BatchEncoding, i: int, answers: dict[str, list]) -> dict[str, list]:
+    pairs = zip(windows["offset_mapping"][i], windows.sequence_ids(i), strict=True)
+    return {"offsets": [offset if kind == 1 else None for offset, kind in pairs]}
+
+
+def _token_span(windows: BatchEncoding, i: int, start: int, end: int) -> tuple[int, int]:
     """Return the first and last token of an answer in window i, or (0, 0) if it is not wholly inside."""
     places = [
         (token, offset)
@@ -150,7 +187,7 @@ class Answer:
 
 
 def best_answers(
-    windows: Sequence[dict[str, Any]],
+    windows: Iterable[dict[str, Any]],
     start_logits: Sequence[Sequence[float]],
     end_logits: Sequence[Sequence[float]],
     contexts: dict[str, str],

@@ -67,6 +67,14 @@ def run_squad(arguments: SquadArguments, training_args: FinetuningArguments) -> 
         if training_args.process_index == 0:
             save_record(path, {**record, "settings": settings})
             print(f"squad, seed {seed}: exact match {record['exact_match']:.2f}, F1 {record['f1']:.2f}", flush=True)
+            for split in ("train", "validation"):
+                misplaced, shortened = (len(record[split][name]) for name in ("misplaced", "shortened"))
+                if misplaced or shortened:
+                    print(
+                        f"  {split}: {misplaced} questions were left out, since their answer is not at its place in "
+                        f"the context; {shortened} were cut to half a window",
+                        flush=True,
+                    )
     records = load_records(output)
     if training_args.process_index == 0:
         (output / "squad.md").write_text(squad_table({arguments.model: records}))

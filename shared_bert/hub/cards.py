@@ -70,7 +70,10 @@ def model_card(
     name = repo_id.split("/")[-1]
     # Healing minimises a distance from the original, not a loss of the task.
     indexed = {} if run.kind == "healing" else {m: v for m, v in run.results.items() if math.isfinite(v)}
-    results = [EvalResult(task or head, run.data_id, run.data_id, *result) for result in indexed.items()]
+    results = [
+        EvalResult(task or head, run.data_id, run.data_id, *result, dataset_config=run.dataset_config)
+        for result in indexed.items()
+    ]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
@@ -168,8 +171,8 @@ class _Run:
     """The records in the files of a run, a conversion or a checkpoint; empty without files.
 
     Attributes:
-        kind: "pre-training", "healing", or None if it is not known.
-        dataset: the data set's name on the Hub, if it has one.
+        kind: "pre-training", "healing", "fine-tuning", or None if it is not known.
+        dataset, dataset_config: the data set's name on the Hub, and its configuration, if it has them.
         data_id, data: the name of the evaluated text, for metadata and for the card's text.
         training: lines about data and budget.
         results: metrics of the last evaluation by name.
@@ -186,8 +189,10 @@ class _Run:
         given = run.get("data", {})
         name, file = given.get("dataset_name"), given.get("train_file")
         self.dataset = None if name == "python-docs" else name
+        self.dataset_config = given.get("dataset_config_name")
         self.data_id = name or "text"
-        self.data = f"`{name}`" if name else f"local text (`{Path(file).name}`)" if file else "unnamed text"
+        of_config = f" ({self.dataset_config})" if self.dataset_config else ""
+        self.data = f"`{name}`{of_config}" if name else f"local text (`{Path(file).name}`)" if file else "unnamed text"
         logged = next((log for log in reversed(state.get("log_history", [])) if "eval_loss" in log), {})
         metrics = self._read(at, "eval_results.json") or logged
         self.results = {
@@ -205,10 +210,13 @@ class _Run:
     def _training(self, run: dict, state: dict) -> Iterator[str]:
         if not run:
             return
-        yield f"{run['kind'].capitalize()} on {self.data}, in rows of {run['block_size']} tokens."
+        tokens = run["tokens_per_step"]  # None where rows differ in length, as in fine-tuning
+        in_rows = f", in rows of {run['block_size']} tokens" if tokens else ""
+        yield f"{run['kind'].capitalize()} on {self.data}{in_rows}."
         if "global_step" in state:
-            steps, tokens = state["global_step"], run["tokens_per_step"]
-            yield f"{steps:,} steps of {tokens:,} tokens: {steps * tokens:,} tokens."
+            steps = state["global_step"]
+            of_tokens = f" of {tokens:,} tokens: {steps * tokens:,} tokens" if tokens else ""
+            yield f"{steps:,} steps{of_tokens}."
         options = {name: run["data"].get(name) for name in ("mlm_probability", "whole_word_mask")} | run["training"]
         if options["max_steps"] > 0:
             del options["num_train_epochs"]

@@ -63,10 +63,9 @@ def finetune_squad(
     set_seed(training_args.seed)
     model = load_for_task(AutoModelForQuestionAnswering, name_or_path, tokenizer, config_overrides)
     windows, of_train = training_windows(train, tokenizer, max_length, stride)
-    if not windows:
+    if len(windows) == 0:
         raise ValueError(f"none of {of_train.questions} questions has its answer in its context")
     of_validation, report = evaluation_windows(validation, tokenizer, max_length, stride)
-    inputs = [{name: window[name] for name in window if name not in ("id", "offsets")} for window in of_validation]
     # Evaluation is of whole questions, after training.
     training_args.eval_strategy = "no"
     trainer = FinetuningTrainer(
@@ -74,8 +73,8 @@ def finetune_squad(
         args=training_args,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(windows),
-        eval_dataset=Dataset.from_list(inputs),
+        train_dataset=windows,
+        eval_dataset=of_validation.remove_columns(["id", "offsets"]),
     )
     trainer.remove_callback(PrinterCallback)
     data = {"dataset_name": None, **(data or {})}
@@ -87,8 +86,11 @@ def finetune_squad(
     predictions = {name: answer.text for name, answer in answers.items()}
     if threshold is not None:
         predictions = with_threshold(answers, threshold)
+    scores = squad_scores(predictions, validation)
+    evaluation = {name: value for name, value in metrics.items() if name.startswith("eval_")}
+    trainer.save_metrics("eval", {**evaluation, **{f"eval_{name}": score for name, score in scores.items()}})
     result = {
-        **squad_scores(predictions, validation),
+        **scores,
         "threshold": threshold,
         "train": asdict(of_train),
         "validation": asdict(report),

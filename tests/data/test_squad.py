@@ -31,7 +31,7 @@ def row(question, answer=None, occurrence=0, name="q"):
 def test_a_span_of_tokens_is_the_answer(tokenizers, answer, occurrence):
     question = row("the fox ?", answer, occurrence)
     tokenizer = tokenizers["bert"]
-    windows, report = squad.training_windows([question], tokenizer, max_length=24, stride=8)
+    windows, report = squad.training_windows(Dataset.from_list([question]), tokenizer, max_length=24, stride=8)
     assert report.windows == len(windows) > 3
     found = [w for w in windows if (w["start_positions"], w["end_positions"]) != (0, 0)]
     assert found
@@ -40,7 +40,7 @@ def test_a_span_of_tokens_is_the_answer(tokenizers, answer, occurrence):
         assert tokenizer.decode(span).replace(" ", "") == answer.replace(" ", "")
     assert all(len(window["input_ids"]) <= 24 for window in windows)
     # Every place of the context is in a window, and the answer at its own place.
-    pieces, _ = squad.evaluation_windows([question], tokenizer, max_length=24, stride=8)
+    pieces, _ = squad.evaluation_windows(Dataset.from_list([question]), tokenizer, max_length=24, stride=8)
     assert len(pieces) == len(windows)
     covered = {place for window in pieces for offset in window["offsets"] if offset for place in range(*offset)}
     assert covered >= {i for i, character in enumerate(CONTEXT) if character != " "}
@@ -54,11 +54,11 @@ def test_a_span_of_tokens_is_the_answer(tokenizers, answer, occurrence):
 def test_answers_that_are_lost_are_counted(tokenizers):
     wrong = row("what ?", "owl", name="wrong")
     wrong["answers"]["answer_start"] = [1]
-    rows = [wrong, row("the fox " * 20, "owl", name="long"), row("the fox ?", name="none")]
+    rows = Dataset.from_list([wrong, row("the fox " * 20, "owl", name="long"), row("the fox ?", name="none")])
     windows, report = squad.training_windows(rows, tokenizers["bert"], max_length=24, stride=4)
     assert (report.questions, report.misplaced, report.shortened) == (3, ["wrong"], ["long"])
     assert all(len(window["input_ids"]) <= 24 for window in windows)
-    none, _ = squad.training_windows(rows[2:], tokenizers["bert"], max_length=24, stride=4)
+    none, _ = squad.training_windows(rows.select([2]), tokenizers["bert"], max_length=24, stride=4)
     assert {(window["start_positions"], window["end_positions"]) for window in none} == {(0, 0)}
 
 
