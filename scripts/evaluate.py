@@ -4,8 +4,11 @@ python scripts/evaluate.py noise --model runs/glue/sst2/seed-0 --task sst2 --dat
 python scripts/evaluate.py cross_domain --model runs/glue/mrpc/seed-0 --task mrpc --on rte,qqp
 python scripts/evaluate.py blimp --model runs/mine --pairs path/to/blimp.parquet
 python scripts/evaluate.py perplexity --model runs/mine --text path/to/text.txt
+python scripts/evaluate.py scores --model runs/glue_mine,runs/glue_stock
 
-Results are printed and written to OUTPUT as JSON, those of noise also as a plot. Commas separate several models.
+Results are printed and written to OUTPUT as JSON, those of noise and scores also as a plot. Commas separate several
+models. For noise and cross_domain, a model may be the output folder of finetune.py: all seeds of its task. "scores"
+compares such folders, which must have the same settings.
 """
 
 import argparse
@@ -21,7 +24,15 @@ from shared_bert.command_line import reports_user_errors
 from shared_bert.data import load_documents, load_tokenizer
 from shared_bert.data.tasks import glue_task, load_glue
 from shared_bert.evaluation import blimp_accuracy, environment, perplexity
-from shared_bert.evaluation.robustness import NOISE_LEVELS, cross_domain_accuracy, draw_noise, noise_accuracy
+from shared_bert.evaluation.records import load_compared, write_scores
+from shared_bert.evaluation.robustness import (
+    NOISE_LEVELS,
+    cross_domain_accuracy,
+    draw_noise,
+    noise_accuracy,
+    over_seeds,
+    spread,
+)
 from shared_bert.folders import load_model
 from shared_bert.training.converting import SOURCES
 
@@ -37,23 +48,36 @@ def load_classifier(name_or_path: str):
     ).eval()
 
 
+def seeds_of(name_or_path: str, task: str) -> list[str]:
+    """Return the models of all seeds in an output folder of finetune.py, or else the model itself."""
+    return sorted(map(str, Path(name_or_path, task).glob("seed-*"))) or [name_or_path]
+
+
 def noise(name_or_path: str, parsed: argparse.Namespace) -> list[dict[str, Any]]:
-    model, tokenizer = load_classifier(name_or_path), load_tokenizer(name_or_path)
     rows = validation_rows(parsed.task, parsed)
-    results = noise_accuracy(
-        model, tokenizer, rows, parsed.task, parsed.levels, parsed.draws, max_length=parsed.max_length
-    )
+    found = []
+    for path in seeds_of(name_or_path, parsed.task):
+        model, tokenizer = load_classifier(path), load_tokenizer(path)
+        found.append(
+            noise_accuracy(
+                model, tokenizer, rows, parsed.task, parsed.levels, parsed.draws, max_length=parsed.max_length
+            )
+        )
+    results = over_seeds(found)
     for row in results:
         print(f"  noise {row['level']:4.0%}: accuracy {row['mean']:.2%} ± {row['std']:.2%}")
     return results
 
 
-def cross_domain(name_or_path: str, parsed: argparse.Namespace) -> dict[str, float]:
-    model, tokenizer = load_classifier(name_or_path), load_tokenizer(name_or_path)
+def cross_domain(name_or_path: str, parsed: argparse.Namespace) -> dict[str, dict[str, Any]]:
     rows = {name: validation_rows(name, parsed) for name in parsed.on.split(",")}
-    results = cross_domain_accuracy(model, tokenizer, parsed.task, rows, max_length=parsed.max_length)
-    for name, accuracy in results.items():
-        print(f"  {parsed.task} → {name}: accuracy {accuracy:.2%}")
+    found = []
+    for path in seeds_of(name_or_path, parsed.task):
+        model, tokenizer = load_classifier(path), load_tokenizer(path)
+        found.append(cross_domain_accuracy(model, tokenizer, parsed.task, rows, max_length=parsed.max_length))
+    results = {name: spread([of_seed[name] for of_seed in found]) for name in rows}
+    for name, result in results.items():
+        print(f"  {parsed.task} → {name}: accuracy {result['mean']:.2%} ± {result['std']:.2%}")
     return results
 
 
@@ -111,6 +135,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--pairs", required=True, help="a parquet file in the columns of BLiMP")
     command.add_argument("--within_word", action="store_true", help="mask the rest of a word too (encoders)")
     command.add_argument("--max_pairs", type=int, help="no more pairs of a paradigm than this")
+    command = add("scores", None, "tables and a plot of several output folders of finetune.py")
     command = add("perplexity", perplexity_of, "perplexity of decoders")
     command.add_argument("--text", required=True, help="a .txt, .jsonl or .parquet file, a folder or a glob")
     command.add_argument("--stride", type=int, help="tokens that each window predicts; default: half a window")
@@ -118,9 +143,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@reports_user_errors
-def main(arguments: list[str]):
-    parsed = parse(arguments)
+def compare_scores(parsed: argparse.Namespace):
+    records = load_compared(parsed.model.split(","))
+    parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    parsed.output.write_text(json.dumps(records, indent=1) + "\n")
+    write_scores(records, parsed.output)
+    print(parsed.output.with_suffix(".md").read_text())
+
+
+def evaluate_models(parsed: argparse.Namespace):
     if hasattr(parsed, "task"):
         glue_task(parsed.task)
     results = {}
@@ -131,11 +162,18 @@ def main(arguments: list[str]):
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     record = {"options": options, **environment("cpu"), "results": results}
     parsed.output.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {parsed.output}")
     if parsed.run is noise:
-        picture = parsed.output.with_suffix(".png")
-        draw_noise(results, parsed.task, picture)
-        print(f"plot in {picture}")
+        draw_noise(results, parsed.task, parsed.output.with_suffix(".png"))
+
+
+@reports_user_errors
+def main(arguments: list[str]):
+    parsed = parse(arguments)
+    if parsed.run is None:
+        compare_scores(parsed)
+    else:
+        evaluate_models(parsed)
+    print(f"written to {parsed.output}")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,7 @@ from ..training.arguments import FinetuningArguments, read_overrides
 from ..training.finetuning import check_max_length, finetune
 from ..training.metrics import check_metrics
 from .efficiency import environment
-from .records import (
-    check_settings,
-    draw_scores,
-    load_records,
-    parse_seeds,
-    record_path,
-    run_settings,
-    save_record,
-    score_table,
-)
+from .records import check_settings, load_records, parse_seeds, record_path, run_settings, save_record, write_scores
 
 
 def _option(default: Any, text: str, **options):
@@ -193,8 +184,7 @@ def run_classification(
                 progress.write(f"{name}, seed {seed}: {metrics}")
     records = load_records(output)
     if is_main and records:
-        (output / "results.md").write_text(score_table({arguments.model: records}))
-        draw_scores({arguments.model: records}, output / "results.png")
+        write_scores({arguments.model: records}, output / "results")
     if failed:
         raise ValueError("; ".join(f"{name} failed: {error}" for name, error in failed.items()))
     return records

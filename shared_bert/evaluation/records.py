@@ -2,11 +2,13 @@
 
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from scipy import stats
 
 from ..training.arguments import FinetuningArguments
 
@@ -69,6 +71,36 @@ def load_records(output: str | Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (record["task"], record["seed"]))
 
 
+def load_compared(paths: Iterable[str | Path]) -> dict[str, list[dict[str, Any]]]:
+    """Return the records of several models by name, which have the same settings but for the model.
+
+    Args:
+        paths: output folders, whose names are the models'; or JSON files of what this function returns.
+
+    Raises:
+        ValueError: no or damaged records, records of different settings, or a name that occurs twice.
+    """
+    records = {}
+    for path in map(Path, paths):
+        found = json.loads(path.read_text()) if path.is_file() else {path.name: load_records(path)}
+        for name, of_model in found.items():
+            if not of_model:
+                raise ValueError(f"{path} has no records of fine-tuning")
+            if name in records:
+                raise ValueError(f"there are two models of the name {name!r}: rename a folder")
+            records[name] = of_model
+    first = next(iter(records.values()))[0]["settings"]
+    for name, of_model in records.items():
+        for record in of_model:
+            for setting, value in record["settings"].items():
+                if setting not in ("model", "tokenizer_name") and value != first.get(setting):
+                    raise ValueError(
+                        f"{name}: {setting}={value!r}, but {first.get(setting)!r} in the first: scores of different "
+                        "settings cannot be compared"
+                    )
+    return records
+
+
 def scores_by_task(
     records: dict[str, list[dict[str, Any]]],
 ) -> tuple[dict[str, str], dict[str, dict[str, list[float]]]]:
@@ -103,6 +135,53 @@ def score_table(records: dict[str, list[dict[str, Any]]]) -> str:
         mean = f"{statistics.mean(map(statistics.mean, found.values())):.2f}" if all(cells) else ""
         lines.append(f"| {model} | {' | '.join(cells)} | {mean} |")
     return "\n".join(lines) + "\n"
+
+
+def caption(records: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a sentence about the scores: of which epoch, and over which seeds."""
+    every = [record for of_model in records.values() for record in of_model]
+    seeds = ", ".join(str(seed) for seed in sorted({record["seed"] for record in every}))
+    epoch = "best epoch on the validation data" if every[0]["epoch"] == "best" else "last epoch"
+    return f"Validation scores in percent after the {epoch}, mean ± standard deviation over the seeds {seeds}.\n"
+
+
+def difference_table(records: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a Markdown table of each model's difference from the first one, in points, with its 95 % interval.
+
+    The interval is Student's for the mean difference over the seeds that both models have.
+    """
+    metrics, _ = scores_by_task(records)
+    scores = {
+        name: {(record["task"], record["seed"]): 100 * record["score"] for record in of_model}
+        for name, of_model in records.items()
+    }
+    first, *others = scores
+    lines = [f"| minus {first} | {' | '.join(metrics)} |", "|" + "---|" * (len(metrics) + 1)]
+    for name in others:
+        cells = []
+        for task in metrics:
+            both = [run for run in scores[name] if run in scores[first] and run[0] == task]
+            cells.append(format_difference([scores[name][run] - scores[first][run] for run in both]))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def format_difference(values: list[float]) -> str:
+    """Return "mean [low, high]" with Student's 95 % interval of the mean; of one value, only that."""
+    if len(values) < 2:
+        return f"{values[0]:+.2f}" if values else ""
+    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    half = stats.t.ppf(0.975, len(values) - 1) * error
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def write_scores(records: dict[str, list[dict[str, Any]]], output: Path):
+    """Write the tables of one or several models to `output`.md, and their plot to `output`.png."""
+    text = f"{caption(records)}\n{score_table(records)}"
+    if len(records) > 1:
+        text += f"\nDifferences in points, with the 95 % interval over paired seeds:\n\n{difference_table(records)}"
+    output.with_suffix(".md").write_text(text)
+    draw_scores(records, output.with_suffix(".png"))
 
 
 def draw_scores(records: dict[str, list[dict[str, Any]]], path: Path):

@@ -86,7 +86,7 @@ def noise_accuracy(
     draws: int = 5,
     **options,
 ) -> list[dict[str, Any]]:
-    """Return the accuracy at each level of noise: `level`, the `accuracies` of all draws, their `mean` and `std`.
+    """Return the accuracy at each level of noise: `level`, and the `spread` over the draws.
 
     Args:
         levels: see `noise` of `predict_labels`.
@@ -106,9 +106,26 @@ def noise_accuracy(
             (predict_labels(model, tokenizer, rows, name, level, seed, **options) == labels).double().mean().item()
             for seed in range(draws if level else 1)
         ]
-        std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        results.append({"level": level, "accuracies": accuracies, "mean": statistics.mean(accuracies), "std": std})
+        results.append({"level": level, **spread(accuracies)})
     return results
+
+
+def spread(accuracies: list[float]) -> dict[str, Any]:
+    """Return the `accuracies`, their `mean`, and their standard deviation `std`, which is 0 for a single one."""
+    std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return {"accuracies": accuracies, "mean": statistics.mean(accuracies), "std": std}
+
+
+def over_seeds(results: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the results of `noise_accuracy` for a model that was fine-tuned with several seeds.
+
+    The accuracies are the means over the draws of each seed.
+    """
+    if len(results) == 1:
+        return results[0]
+    return [
+        {"level": rows[0]["level"], **spread([row["mean"] for row in rows])} for rows in zip(*results, strict=True)
+    ]
 
 
 def draw_noise(results: dict[str, list[dict[str, Any]]], title: str, path: Path):

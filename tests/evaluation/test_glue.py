@@ -59,7 +59,7 @@ def run(model, glue, tmp_path, training=None, **options):
     arguments = GlueArguments(model=model, data_dir=str(glue), max_length=16, **options)
     fields = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
     return run_classification(
-        arguments, FinetuningArguments(output_dir=str(tmp_path / "out"), **fields, **(training or {}))
+        arguments, FinetuningArguments(output_dir=str(tmp_path / "out"), **fields | (training or {}))
     )
 
 
@@ -226,6 +226,51 @@ def test_a_table_by_hand():
         f"| one | 91.00 ± {statistics.stdev([90, 92]):.2f} | 65.00 ± {statistics.stdev([60, 70]):.2f} | 78.00 |",
         "| two | 80.00 |  |  |",
     ]
+
+
+def write_records(folder, scores, **settings):
+    """Records of one task, as fine-tuning writes them."""
+    (folder / "records").mkdir(parents=True)
+    for seed, score in enumerate(scores):
+        record = {"task": "rte", "seed": seed, "score": score, "metric": "accuracy", "epoch": "last"}
+        record["settings"] = {"model": str(folder), "learning_rate": 1e-4, **settings}
+        (folder / "records" / f"rte-{seed}.json").write_text(json.dumps(record))
+
+
+def test_models_are_compared_by_seed(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["main"]
+    first, second = [0.6, 0.62, 0.7], [0.63, 0.66, 0.72]
+    write_records(tmp_path / "one", first)
+    write_records(tmp_path / "two", second)
+    folders = f"{tmp_path / 'one'},{tmp_path / 'two'}"
+    assert main(["scores", "--model", folders, "--output", str(tmp_path / "scores.json")]) == 0
+    differences = [100 * (b - a) for a, b in zip(first, second, strict=True)]
+    # 4.3027 is the 97.5 % point of Student's distribution with two degrees of freedom.
+    half = 4.3027 * statistics.stdev(differences) / 3**0.5
+    text = (tmp_path / "scores.md").read_text()
+    assert f"| two | +3.00 [{3 - half:+.2f}, {3 + half:+.2f}] |" in text
+    assert "after the last epoch, mean ± standard deviation over the seeds 0, 1, 2" in text
+    assert (tmp_path / "scores.png").stat().st_size > 0
+    again = ["scores", "--model", str(tmp_path / "scores.json"), "--output", str(tmp_path / "again.json")]
+    assert main(again) == 0
+    assert (tmp_path / "again.md").read_text() == text
+
+    write_records(tmp_path / "three", first, learning_rate=1e-5)
+    assert main(["scores", "--model", f"{folders},{tmp_path / 'three'}"]) == 2
+    assert "three: learning_rate=1e-05, but 0.0001 in the first" in capsys.readouterr().err
+    assert main(["scores", "--model", str(tmp_path / "nothing")]) == 2
+    assert "nothing has no records of fine-tuning" in capsys.readouterr().err
+
+
+def test_the_best_epoch_is_the_saved_one(saved, glue, tmp_path):
+    training = {"num_train_epochs": 4, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
+    (record,) = run(saved("bert"), glue, tmp_path, training, tasks="stsb", epoch="best")
+    scores = [epoch["eval_pearson"] for epoch in record["epochs"]]
+    assert record["score"] == max(scores) == record["best"]["eval_pearson"]
+    folder = tmp_path / "out" / "stsb" / "seed-0"
+    results = json.loads((folder / "eval_results.json").read_text())
+    assert results["eval_pearson"] == pytest.approx(max(scores))
+    assert "best epoch" in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_the_head_has_a_learning_rate_of_its_own(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,15 @@ def test_the_script(classifier, tokenizers, tmp_path, capsys):
 
     assert [row["level"] for row in run("noise", "classifier", *task, "--levels", "0", "0.2")] == [0, 0.2]
     assert (tmp_path / "noise.png").stat().st_size > 0
-    assert set(run("cross_domain", "classifier", *task, "--on", "rte")) == {"rte"}
+    alone = run("cross_domain", "classifier", *task, "--on", "rte")
+    assert set(alone) == {"rte"}
+    # The output folder of fine-tuning stands for the models of all seeds.
+    for seed in (0, 1):
+        shutil.copytree(tmp_path / "classifier", tmp_path / "tuned" / "mrpc" / f"seed-{seed}")
+    both = run("cross_domain", "tuned", *task, "--on", "rte")
+    assert both["rte"] == {"accuracies": 2 * alone["rte"]["accuracies"], "mean": alone["rte"]["mean"], "std": 0.0}
+    noisy = run("noise", "tuned", *task, "--levels", "0", "0.2", "--draws", "2")
+    assert [len(row["accuracies"]) for row in noisy] == [2, 2]
     assert (
         run("blimp", "decoder", "--pairs", str(tmp_path / "pairs.parquet"), "--max_pairs", "3")["overall"]["pairs"]
         == 3

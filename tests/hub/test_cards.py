@@ -5,8 +5,11 @@ import re
 
 import pytest
 import yaml
+from datasets import Dataset
 
 import shared_bert
+from shared_bert.data.tasks import GLUE
+from shared_bert.training import FinetuningArguments, finetune
 
 from ..conftest import tiny_model
 from ..far_side import WITHOUT_PACKAGE
@@ -76,6 +79,27 @@ def test_healing_is_no_result(hub, saved):
     assert "Healing on local text (`text.txt`)" in card
     assert "| distance from the original (see `HealingTrainer`) | 2.5 |" in card
     assert not any(b"secret" in content for content in files.values())
+
+
+def test_fine_tuning_is_a_result(hub, saved, tokenizers, tmp_path):
+    _, folder = saved("bert")
+    rows = Dataset.from_dict({"sentence": ["the fox hunts", "the dog barks"] * 4, "label": [0, 1] * 4})
+    args = FinetuningArguments(output_dir=str(tmp_path / "tuned"), num_train_epochs=1, use_cpu=True, disable_tqdm=True)
+    data = {"dataset_name": "nyu-mll/glue", "dataset_config_name": "sst2"}
+    splits = {"train": rows, "validation": rows}
+    finetune(str(folder), tokenizers["bert"], GLUE["sst2"], splits, args, max_length=16, data=data)
+    tuned = shared_bert.SharedBertForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    tuned.push_to_hub(REPO, source=tmp_path / "tuned")
+    _, head, text = hub.repositories[REPO].files()["README.md"].decode().split("---\n", 2)
+    (entry,) = yaml.safe_load(head)["model-index"]
+    (result,) = entry["results"]
+    assert result["task"]["type"] == "text-classification"
+    assert (result["dataset"]["type"], result["dataset"]["config"]) == ("nyu-mll/glue", "sst2")
+    evaluation = json.loads((tmp_path / "tuned" / "eval_results.json").read_text())
+    metrics = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert metrics == {"accuracy": evaluation["eval_accuracy"], "loss": evaluation["eval_loss"]}
+    assert "Fine-tuning on `nyu-mll/glue` (sst2).\n- 1 steps.\n" in text
+    assert f"| accuracy | {evaluation['eval_accuracy']:.4g} |" in text
 
 
 @pytest.mark.slow
