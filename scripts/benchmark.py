@@ -12,7 +12,6 @@ python scripts/benchmark.py efficiency --model A,B,C   # size, work, time and me
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +31,6 @@ DEFAULT_SCHEMES = {"mlm": "shared", "clm": "query_free"}
 def shape(text: str) -> tuple[int, int]:
     batch_size, _, sequence_length = text.partition("x")
     return int(batch_size), int(sequence_length)
-
-
-def commit() -> str:
-    try:
-        return subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def step_settings(arguments: argparse.Namespace, task: str, batch: tuple[int, int], scheme: str) -> StepSettings:
@@ -152,7 +144,7 @@ def efficiency(arguments: argparse.Namespace):
 
 
 def write(arguments: argparse.Namespace, rows: list[dict]):
-    result = {"commit": commit(), **environment(arguments.device), "results": rows}
+    result = {**environment(arguments.device), "results": rows}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {arguments.output}")

@@ -4,13 +4,16 @@ Machines are shared and noisy, so the two models take turns, step by step, and t
 median times. A step is forward, backward and an AdamW update on the same random batch.
 """
 
+import datetime
 import multiprocessing
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +207,27 @@ def _speedup(times: dict[str, list[float]]) -> dict:
 
 
 def environment(device: str) -> dict:
-    """Return the hardware and the versions of a measurement."""
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    """Return the hardware, versions, commit and day of a measurement."""
     return {
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
     }
+
+
+def _cpu_name() -> str:
+    try:  # Linux
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    except (OSError, AttributeError):
+        return f"{platform.machine()} CPU"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, text=True, capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # an installed package
+        return f"shared_bert {version('shared_bert')}"
