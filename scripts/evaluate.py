@@ -135,12 +135,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--pairs", required=True, help="a parquet file in the columns of BLiMP")
     command.add_argument("--within_word", action="store_true", help="mask the rest of a word too (encoders)")
     command.add_argument("--max_pairs", type=int, help="no more pairs of a paradigm than this")
-    command = add("scores", None, "tables and a plot of several output folders of finetune.py")
+    add("scores", None, "tables and a plot of several output folders of finetune.py")
     command = add("perplexity", perplexity_of, "perplexity of decoders")
     command.add_argument("--text", required=True, help="a .txt, .jsonl or .parquet file, a folder or a glob")
     command.add_argument("--stride", type=int, help="tokens that each window predicts; default: half a window")
     command.add_argument("--window", type=int, help="tokens read at once; default: as many as the model can read")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.output.suffix != ".json":
+        raise ValueError(f"--output {parsed.output} must end in .json")
+    return parsed
 
 
 def compare_scores(parsed: argparse.Namespace):

@@ -15,6 +15,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from .tasks import check_columns, load_file
 from .tokenizers import serialized
 
 WINDOWS_VERSION = 1  # increase it with every change to the windows of the same rows
@@ -25,25 +26,18 @@ def load_squad(path: str | Path) -> Dataset:
     """Load a file in SQuAD's columns, as on the Hub: `id`, `question`, `context`, `answers` {text, answer_start}.
 
     Raises:
-        ValueError: a file that cannot be read, without rows, or without a column.
+        ValueError: a file that cannot be read, without rows, or without a column; a row that lacks a value.
         FileNotFoundError: a missing file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    kinds = {".parquet": Dataset.from_parquet, ".jsonl": Dataset.from_json, ".json": Dataset.from_json}
-    if path.suffix not in kinds:
-        raise ValueError(f"{path} must end in {', '.join(kinds)}")
-    try:
-        rows = kinds[path.suffix](str(path))
-    except Exception as error:  # of pyarrow or datasets
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    for column in COLUMNS:
-        if column not in rows.column_names:
-            raise ValueError(f"{path}: there is no column {column!r}, only {', '.join(rows.column_names)}")
-    if len(rows) == 0:
-        raise ValueError(f"{path}: there are no rows")
-    return rows.select_columns(list(COLUMNS))
+    rows = load_file(path)
+    check_columns(rows, COLUMNS, str(path))
+    rows = rows.select_columns(list(COLUMNS))
+    if set(getattr(rows.features["answers"], "keys", tuple)()) < {"text", "answer_start"}:
+        raise ValueError(f"{path}: the column 'answers' must hold text and answer_start, a list each")
+    for i, row in enumerate(rows):
+        if None in (*row.values(), *row["answers"].values()):
+            raise ValueError(f"{path}, row {i}: a value is missing")
+    return rows
 
 
 @dataclass
@@ -53,13 +47,15 @@ class WindowReport:
     Attributes:
         questions, windows: their numbers.
         misplaced: ids of questions whose answer does not stand at its place in the context; they are left out.
-        shortened: ids of questions that took more than half a window, and were cut to that.
+        uncovered: ids of questions whose answer is longer than any window shows at once; they are left out.
+        shortened: ids of questions that took more than half a window, or left no room for the stride; they were cut.
     """
 
-    questions: int = 0
-    windows: int = 0
-    misplaced: list[str] = field(default_factory=list)
-    shortened: list[str] = field(default_factory=list)
+    questions: int
+    windows: int
+    misplaced: list[str]
+    uncovered: list[str]
+    shortened: list[str]
 
 
 def training_windows(
@@ -74,12 +70,26 @@ def training_windows(
         stride: tokens that neighbouring windows of a context share.
 
     Raises:
-        ValueError: a tokenizer that is not fast.
+        ValueError: a tokenizer that is not fast, a stride that leaves no room in a window, or no answer to train on.
     """
-    misplaced = [i for i, row in enumerate(rows) if _is_misplaced(row)]
-    kept = rows.select(sorted(set(range(len(rows))) - set(misplaced)))
-    windows = _windows(kept, tokenizer, max_length, stride, _answer_positions)
-    report = WindowReport(len(rows), len(windows), rows.select(misplaced)["id"][:], _shortened(windows))
+    misplaced = {i for i, row in enumerate(rows) if _is_misplaced(row)}
+    kept = rows.select([i for i in range(len(rows)) if i not in misplaced])
+    answered = {row["id"] for row in kept if row["answers"]["text"]}
+    windows = _windows(kept, tokenizer, max_length, stride, _answer_positions) if len(kept) else kept
+    if len(kept):
+        covered = {name for name, end in zip(windows["id"], windows["end_positions"], strict=True) if end}
+        windows = windows.select(
+            [i for i, name in enumerate(windows["id"]) if name in covered or name not in answered]
+        )
+    if len(windows) == 0:
+        raise ValueError(f"none of {len(rows)} questions has its answer in its context")
+    report = WindowReport(
+        questions=len(rows),
+        windows=len(windows),
+        misplaced=[rows[i]["id"] for i in sorted(misplaced)],
+        uncovered=sorted(answered - covered),
+        shortened=_shortened(windows),
+    )
     return windows.remove_columns(["id", "is_shortened"]), report
 
 
@@ -93,7 +103,8 @@ def evaluation_windows(
     Args, raises: as of `training_windows`.
     """
     windows = _windows(rows, tokenizer, max_length, stride, _context_offsets)
-    return windows.remove_columns("is_shortened"), WindowReport(len(rows), len(windows), [], _shortened(windows))
+    report = WindowReport(len(rows), len(windows), misplaced=[], uncovered=[], shortened=_shortened(windows))
+    return windows.remove_columns("is_shortened"), report
 
 
 def _is_misplaced(row: dict[str, Any]) -> bool:
@@ -115,9 +126,11 @@ def _windows(
 ) -> Dataset:
     """Return windows with the tokenizer's columns, `id`, `is_shortened`, and the columns of `more`; they are cached.
 
-    A question of more than half a window is cut to that.
+    A question is cut to half a window, or to what leaves room for the stride.
     """
-    most = max_length // 2
+    most = min(max_length // 2, max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride - 1)
+    if most < 1:
+        raise ValueError(f"stride={stride} leaves no room for a question in max_length={max_length}: lower the stride")
 
     def cut(batch: dict[str, list]) -> dict[str, list]:
         questions = [question.strip() for question in batch["question"]]
@@ -153,8 +166,10 @@ def _windows(
 def _answer_positions(windows: BatchEncoding, i: int, answers: dict[str, list]) -> dict[str, int]:
     start, end = 0, 0
     if answers["text"]:
-        first = answers["answer_start"][0]
-        start, end = _token_span(windows, i, first, first + len(answers["text"][0]))
+        # White space at the edges is in no token.
+        text = answers["text"][0]
+        first = answers["answer_start"][0] + len(text) - len(text.lstrip())
+        start, end = _token_span(windows, i, first, first + len(text.strip()))
     return {"start_positions": start, "end_positions": end}
 
 
@@ -246,8 +261,14 @@ def f1(prediction: str, answer: str) -> float:
     return 2 * common / (len(found) + len(expected))
 
 
-def squad_scores(predictions: dict[str, str], rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+def squad_scores(
+    predictions: dict[str, str], rows: Iterable[dict[str, Any]], without_answers: bool = True
+) -> dict[str, float]:
     """Return "exact_match" and "f1" in percent, each the best over the answers of a question (one without: "").
+
+    Args:
+        without_answers: by the rules of v2.0, where an answer of punctuation or articles alone counts as none. By
+            those of v1.1 it stays, and its F1 is 0.
 
     Raises:
         ValueError: a question without a prediction.
@@ -256,15 +277,18 @@ def squad_scores(predictions: dict[str, str], rows: Iterable[dict[str, Any]]) ->
     for row in rows:
         if row["id"] not in predictions:
             raise ValueError(f"there is no prediction for the question {row['id']!r}")
-        # An answer of punctuation or articles alone counts as none, as in the official scorer.
-        answers = [text for text in row["answers"]["text"] if normalize_answer(text)] or [""]
-        matches.append(max(exact_match(predictions[row["id"]], answer) for answer in answers))
-        f1s.append(max(f1(predictions[row["id"]], answer) for answer in answers))
+        prediction, answers = predictions[row["id"]], row["answers"]["text"]
+        if without_answers:
+            answers = [text for text in answers if normalize_answer(text)]
+        answers = answers or [""]
+        matches.append(max(exact_match(prediction, answer) for answer in answers))
+        counts = without_answers or normalize_answer(prediction)
+        f1s.append(max(f1(prediction, answer) if counts else 0.0 for answer in answers))
     return {"exact_match": 100 * sum(matches) / len(matches), "f1": 100 * sum(f1s) / len(f1s)}
 
 
 def best_threshold(answers: dict[str, Answer], rows: Sequence[dict[str, Any]]) -> float:
-    """Return the threshold on `no_answer_score - score` with the best F1 on `rows`, as the official scorer finds it.
+    """Return the threshold on `no_answer_score - score` with the best F1 on `rows`.
 
     A question whose margin is above the threshold has no answer.
     """

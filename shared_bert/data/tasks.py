@@ -1,7 +1,8 @@
 """Tasks with labels: the GLUE tasks as one table, tasks of other files, and how their rows become tokens."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -134,6 +135,8 @@ def load_file(path: str | Path) -> Dataset:
         raise FileNotFoundError(f"{path} does not exist")
     if FORMATS.get(path.suffix, "text") == "text":
         raise ValueError(f"{path} must end in .parquet, .jsonl or .json")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
     try:
         return load_dataset(FORMATS[path.suffix], data_files=escape(str(path)), split="train")
     except (DatasetGenerationError, ValueError) as error:  # a ValueError where there are no rows
@@ -162,14 +165,19 @@ def task_of_rows(
     Raises:
         ValueError: a missing column, no rows, or labels that are not in the training rows.
     """
+    columns = [*texts, *choices, label_column]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"a column is named twice: {', '.join(columns)}")
     for split, of_split in rows.items():
-        _check_columns(of_split, (*texts, *choices, label_column), split)
-        of_split = of_split.select_columns([*texts, *choices, label_column])
+        check_columns(of_split, columns, split)
+        of_split = of_split.select_columns(columns)
         rows = {**rows, split: of_split if label_column == LABEL else of_split.rename_column(label_column, LABEL)}
     labels = None
     if not regression:
         feature = _label_feature(rows["train"])
-        known = getattr(feature, "names", None) or sorted(set(_labels(rows["train"])))
+        known = getattr(feature, "names", None) or _in_order(set(_labels(rows["train"])))
+        if len(known) < 2:
+            raise ValueError(f"train: all labels are {known[0]!r}, as in a split whose labels are not public")
         labels = tuple(map(str, known))
         if not isinstance(feature, ClassLabel):
             rows = {split: _numbered(of_split, known, split) for split, of_split in rows.items()}
@@ -177,6 +185,16 @@ def task_of_rows(
         metrics = _default_metrics(kind, labels)
     task = Task(texts, labels, metrics, kind=kind, choices=choices)
     return task, {split: check_split(of_split, task, split) for split, of_split in rows.items()}
+
+
+def _in_order(labels: set) -> list:
+    """Return labels by number where all are numbers, such as "2" and "10", else by name."""
+    try:
+        return sorted(labels, key=float)
+    except ValueError:
+        return sorted(labels)
+    except TypeError as error:  # None
+        raise ValueError("train: a label is missing") from error
 
 
 def _default_metrics(kind: str, labels: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -208,7 +226,8 @@ def _numbered(rows: Dataset, labels: list, origin: str) -> Dataset:
     return rows.remove_columns(LABEL).add_column(LABEL, found)
 
 
-def _check_columns(rows: Dataset, columns: tuple[str, ...], origin: str):
+def check_columns(rows: Dataset, columns: Sequence[str], origin: str):
+    """Raise a ValueError unless the rows have all columns; `origin` names the rows."""
     for column in columns:
         if column not in rows.column_names:
             raise ValueError(f"{origin}: there is no column {column!r}, only {', '.join(rows.column_names)}")
@@ -224,12 +243,15 @@ def check_split(rows: Dataset, task: Task, origin: str) -> Dataset:
         ValueError: a missing column, no rows, labels that the task does not have, or other numbers of labels than of
             words, or of choices than of labels.
     """
-    _check_columns(rows, task.columns, origin)
+    check_columns(rows, task.columns, origin)
     if len(rows) == 0:
         raise ValueError(f"{origin}: there are no rows")
     rows = rows.select_columns(list(task.columns))
     if task.labels is None:
+        _check_numbers(rows[LABEL], origin)
         return rows
+    if task.kind == "tokens" and not all(isinstance(rows[0][column], list) for column in task.columns):
+        raise ValueError(f"{origin}: the columns {' and '.join(task.columns)} must hold a list in each row")
     feature = _label_feature(rows)
     if isinstance(feature, ClassLabel) and tuple(feature.names) != task.labels:
         raise ValueError(f"{origin}: the labels are {', '.join(feature.names)}, not {', '.join(task.labels)}")
@@ -243,6 +265,13 @@ def check_split(rows: Dataset, task: Task, origin: str) -> Dataset:
         for place, row in enumerate(rows):
             _check_lengths(row, task, f"{origin}, row {place}")
     return rows
+
+
+def _check_numbers(labels: Sequence[float | None], origin: str):
+    if any(label is None or not math.isfinite(label) for label in labels):
+        raise ValueError(f"{origin}: a label is missing, NaN or infinite")
+    if all(label == -1 for label in labels):
+        raise ValueError(f"{origin}: all labels are -1, as in a test split whose labels are not public")
 
 
 def _check_lengths(row: Mapping, task: Task, origin: str):
@@ -274,8 +303,12 @@ def tokenize_task(
         labels = batch[LABEL] if task.labels else [float(label) for label in batch[LABEL]]
         return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}
 
+    # To a byte-level tokenizer, a word without the space before it is another word.
+    space = " " if tokenizer.tokenize(" a") != tokenizer.tokenize("a") else ""
+
     def tokens(batch: Mapping[str, list]) -> dict[str, list]:
-        encoded = encode(batch[task.texts[0]], is_split_into_words=True)
+        words = [[space + word for word in row] for row in batch[task.texts[0]]]
+        encoded = encode(words, is_split_into_words=True)
         labels = [_at_first_tokens(encoded.word_ids(row), of_row) for row, of_row in enumerate(batch[LABEL])]
         return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}
 

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from ..data import load_tokenizer
 from ..data.tasks import GLUE, GLUE_ON_THE_HUB, Task, glue_task, load_file, load_from_hub, load_glue, task_of_rows
 from ..training.arguments import FinetuningArguments, read_overrides
-from ..training.finetuning import check_max_length, finetune
-from ..training.metrics import check_metrics
+from ..training.finetuning import HEADS, check_max_length, check_model, finetune
+from ..training.metrics import check_metrics, task_metrics
 from .efficiency import environment
 from .records import check_settings, load_records, parse_seeds, record_path, run_settings, save_record, write_scores
 
@@ -42,6 +42,9 @@ class ClassificationArguments:
 
     def __post_init__(self):
         self.seed_numbers = parse_seeds(self.seeds)
+        for name in ("max_train_samples", "max_eval_samples"):
+            if (most := getattr(self, name)) is not None and most < 1:
+                raise ValueError(f"{name}={most} must be 1 or more")
 
 
 @dataclass(kw_only=True)
@@ -59,6 +62,8 @@ class GlueArguments(ClassificationArguments):
     def __post_init__(self):
         super().__post_init__()
         self.task_names = [name.strip() for name in self.tasks.split(",") if name.strip()]
+        if not self.task_names:
+            raise ValueError(f"tasks={self.tasks!r} names no task")
         for name in self.task_names:
             glue_task(name)
 
@@ -161,7 +166,13 @@ def run_classification(
     tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model)
     settings = run_settings(arguments, training_args)
     check_settings(output, settings)
+    if arguments.epoch == "best" and training_args.eval_strategy == "no":
+        raise ValueError("epoch=best needs an evaluation of each epoch: omit eval_strategy=no")
     tasks = arguments.load()
+    overrides = read_overrides(arguments.config_overrides or "")
+    for task, _ in tasks.values():
+        task_metrics(task)
+        check_model(HEADS[task.kind], arguments.model, tokenizer, overrides)
     is_main = training_args.process_index == 0
     failed = {}
     with tqdm(

@@ -35,6 +35,8 @@ def sentence_scores(
             longer than the model's positions.
     """
     family = family_of(model.config)
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"a {type(model).__name__} is no language model: it has no head over the vocabulary")
     if family.objective == "clm":
         if within_word:
             raise ValueError("within_word is for encoders: a decoder sees no later token")
@@ -122,6 +124,8 @@ def blimp_accuracy(
 ) -> dict[str, dict[str, float]]:
     """Return the share of minimal pairs whose grammatical sentence is likelier (Warstadt et al., arXiv 1912.00582).
 
+    A tie counts as right, as in lm-eval.
+
     Args:
         pairs: rows with `sentence_good`, `sentence_bad`, `UID` and, if there is one, `linguistics_term`.
         within_word, batch_size: see `sentence_scores`.
@@ -136,9 +140,11 @@ def blimp_accuracy(
     pairs = list(pairs)
     if not pairs:
         raise ValueError("there are no pairs of sentences")
+    if lacking := {"sentence_good", "sentence_bad", "UID"} - pairs[0].keys():
+        raise ValueError(f"the pairs have no column {', '.join(sorted(lacking))}, only {', '.join(pairs[0])}")
     sentences = [pair[column] for column in ("sentence_good", "sentence_bad") for pair in pairs]
     scores = sentence_scores(model, tokenizer, sentences, within_word, batch_size)
-    right = [good > bad for good, bad in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
+    right = [good >= bad for good, bad in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
 
     def accuracy(column: str) -> dict[str, float]:
         groups = {}
@@ -197,12 +203,19 @@ def perplexity(
     if tokens == 0:
         raise ValueError("the texts have no tokens")
     return {
-        "per_token": math.exp(total / tokens),
-        "per_word": math.exp(total / words) if words else math.inf,
+        "per_token": _exp(total / tokens),
+        "per_word": _exp(total / words) if words else math.inf,
         "nats_per_token": total / tokens,
         "tokens": tokens,
         "words": words,
     }
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # as for a text without spaces, which is one word
+        return math.inf
 
 
 @torch.no_grad()

@@ -13,8 +13,10 @@ from scipy import stats
 from ..training.arguments import FinetuningArguments
 
 _SETTINGS = (
-    "learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs",
-    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "bf16",
+    "learning_rate", "head_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay",
+    "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
+    "neftune_noise_alpha", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "train_sampling_strategy", "data_seed", "eval_strategy", "bf16", "fp16",
 )  # fmt: skip
 
 
@@ -82,7 +84,10 @@ def load_compared(paths: Iterable[str | Path]) -> dict[str, list[dict[str, Any]]
     """
     records = {}
     for path in map(Path, paths):
-        found = json.loads(path.read_text()) if path.is_file() else {path.name: load_records(path)}
+        try:
+            found = json.loads(path.read_text()) if path.is_file() else {path.name: load_records(path)}
+        except ValueError as error:
+            raise ValueError(f"{path} has no records of fine-tuning: {error}") from error
         for name, of_model in found.items():
             if not of_model:
                 raise ValueError(f"{path} has no records of fine-tuning")
@@ -92,7 +97,8 @@ def load_compared(paths: Iterable[str | Path]) -> dict[str, list[dict[str, Any]]
     first = next(iter(records.values()))[0]["settings"]
     for name, of_model in records.items():
         for record in of_model:
-            for setting, value in record["settings"].items():
+            for setting in {**first, **record["settings"]}:
+                value = record["settings"].get(setting)
                 if setting not in ("model", "tokenizer_name") and value != first.get(setting):
                     raise ValueError(
                         f"{name}: {setting}={value!r}, but {first.get(setting)!r} in the first: scores of different "

@@ -63,16 +63,21 @@ def predict_labels(
     embeddings = model.get_input_embeddings()
     size = noise * embeddings.weight.norm(dim=-1).mean() / embeddings.weight.shape[1] ** 0.5
     generator = torch.Generator().manual_seed(seed)
+
+    def add_noise(module, inputs, output):
+        return output + size * torch.randn(output.shape, generator=generator).to(output)
+
     predictions = torch.empty(len(tokens), dtype=torch.long)
     was_training = model.training
     model.eval()
+    # A hook, since stock decoders find the last token of a row by its ids.
+    hook = embeddings.register_forward_hook(add_noise) if noise else None
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         batch = collate([tokens[i] for i in places]).to(model.device)
-        if noise:
-            inputs = embeddings(batch.pop("input_ids"))
-            batch["inputs_embeds"] = inputs + size * torch.randn(inputs.shape, generator=generator).to(inputs)
         predictions[places] = model(**batch).logits.argmax(-1).cpu()
+    if hook is not None:
+        hook.remove()
     model.train(was_training)
     return predictions
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..data import load_tokenizer
 from ..data.squad import load_squad
 from ..training.arguments import FinetuningArguments, read_overrides
-from ..training.question_answering import finetune_squad
+from ..training.question_answering import RESULTS, finetune_squad
 from .efficiency import environment
 from .records import check_settings, format_scores, load_records, parse_seeds, record_path, run_settings, save_record
 
@@ -67,14 +67,7 @@ def run_squad(arguments: SquadArguments, training_args: FinetuningArguments) -> 
         if training_args.process_index == 0:
             save_record(path, {**record, "settings": settings})
             print(f"squad, seed {seed}: exact match {record['exact_match']:.2f}, F1 {record['f1']:.2f}", flush=True)
-            for split in ("train", "validation"):
-                misplaced, shortened = (len(record[split][name]) for name in ("misplaced", "shortened"))
-                if misplaced or shortened:
-                    print(
-                        f"  {split}: {misplaced} questions were left out, since their answer is not at its place in "
-                        f"the context; {shortened} were cut to half a window",
-                        flush=True,
-                    )
+            _print_lost(record)
     records = load_records(output)
     if training_args.process_index == 0:
         (output / "squad.md").write_text(squad_table({arguments.model: records}))
@@ -92,12 +85,28 @@ def _run(seed: int, arguments: SquadArguments, training_args: FinetuningArgument
     for stage in ("intermediate", "train"):
         if stage not in rows:
             continue
-        folder = Path(training_args.output_dir, f"seed-{seed}", *(["intermediate"] if stage == "intermediate" else []))
-        args = replace(training_args, output_dir=str(folder), seed=seed, overwrite_output_dir=stage == "intermediate")
+        folder = Path(training_args.output_dir, *(["intermediate"] if stage == "intermediate" else []), f"seed-{seed}")
+        if stage == "intermediate" and (folder / RESULTS).is_file():  # of an interrupted command
+            model = str(folder)
+            continue
+        args = replace(training_args, output_dir=str(folder), seed=seed, overwrite_output_dir=True)
         data = {"train_file": getattr(arguments, f"{stage}_file")}
         result = finetune_squad(model, tokenizer, rows[stage], rows["validation"], args, **options, data=data)
         model = str(folder)
-    return {"model": arguments.model, "task": "squad", "seed": seed, **result, **environment(args.device.type)}
+    of_run = {"model": arguments.model, "task": "squad", "seed": seed, "epoch": "last"}
+    return {**of_run, "metric": "f1", "score": result["f1"] / 100, **result, **environment(args.device.type)}
+
+
+def _print_lost(record: dict[str, Any]):
+    """Say which questions could not be used as they are."""
+    for split in ("train", "validation"):
+        for name, text in (
+            ("misplaced", "left out: the answer is not at its place in the context"),
+            ("uncovered", "left out: no window shows the whole answer"),
+            ("shortened", "cut, to leave room for the context"),
+        ):
+            if number := len(record[split][name]):
+                print(f"  {split}: {number} questions were {text}", flush=True)
 
 
 def squad_table(records: dict[str, list[dict[str, Any]]]) -> str:

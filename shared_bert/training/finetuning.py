@@ -28,7 +28,7 @@ from .run import run_training, starting_checkpoint
 from .trainer import SafeTrainer
 
 # By the kind of a task.
-_HEADS = {
+HEADS = {
     "text": AutoModelForSequenceClassification,
     "tokens": AutoModelForTokenClassification,
     "choice": AutoModelForMultipleChoice,
@@ -72,6 +72,24 @@ def read_model_config(name_or_path: str) -> PreTrainedConfig:
         ) from error
 
 
+def check_model(
+    auto_class: type,
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config_overrides: Collection[str] | None = None,
+):
+    """Raise a ValueError for a model that `load_for_task` cannot load, as far as its config tells."""
+    config = read_model_config(name_or_path)
+    if type(config) not in auto_class._model_mapping:
+        head = auto_class.__name__.removeprefix("AutoModel")
+        raise ValueError(f"{name_or_path} is a {config.model_type}, which has no head {head}")
+    for name in config_overrides or ():
+        if name not in config.__dataclass_fields__:
+            raise ValueError(f"config_overrides: a {config.model_type} has no field {name!r}")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
+
+
 def load_for_task(
     auto_class: type,
     name_or_path: str,
@@ -91,12 +109,7 @@ def load_for_task(
             tokenizer with more tokens than the model.
         OSError: the model has no weights in safetensors.
     """
-    config = read_model_config(name_or_path)
-    for name in config_overrides or {}:
-        if name not in config.__dataclass_fields__:
-            raise ValueError(f"config_overrides: a {config.model_type} has no field {name!r}")
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
+    check_model(auto_class, name_or_path, tokenizer, config_overrides)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a report of the weights of the old head, for every run
     try:
@@ -117,7 +130,9 @@ def load_for_task(
 
 
 def check_max_length(name_or_path: str, max_length: int):
-    """Raise a ValueError if rows of `max_length` tokens are too long for a model."""
+    """Raise a ValueError if rows of `max_length` tokens are too long for a model, or too short for a text."""
+    if max_length < 8:
+        raise ValueError(f"max_length={max_length} leaves no room for text: give 8 or more")
     most = read_model_config(name_or_path).max_position_embeddings
     if max_length > most:
         raise ValueError(f"max_length={max_length} is more than the model's max_position_embeddings={most}")
@@ -167,7 +182,7 @@ def finetune(
     with training_args.main_process_first(local=False, desc="tokenizing"):
         tokens = {split: tokenize_task(rows, task, tokenizer, max_length, padding) for split, rows in splits.items()}
     set_seed(training_args.seed)
-    model = load_for_task(_HEADS[task.kind], name_or_path, tokenizer, config_overrides, **label_fields(task))
+    model = load_for_task(HEADS[task.kind], name_or_path, tokenizer, config_overrides, **label_fields(task))
     trainer = FinetuningTrainer(
         model=model,
         args=training_args,

@@ -93,9 +93,14 @@ def task_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     of kind "tokens" [rows, tokens, labels], of which only tokens with a label count.
 
     Raises:
-        ValueError, ImportError: see `check_metrics`.
+        ValueError, ImportError: see `check_metrics`; a metric that is not of such a task.
     """
     check_metrics(task.metrics)
+    fitting = {"pearson", "spearmanr"} if task.labels is None else {"accuracy", "matthews_correlation"}
+    fitting |= {"f1"} if task.labels and len(task.labels) == 2 else set()
+    fitting |= SPAN_METRICS.keys() if task.kind == "tokens" else set()
+    if unfit := [name for name in task.metrics if name not in fitting]:
+        raise ValueError(f"{', '.join(unfit)}: metrics of this task can be {', '.join(sorted(fitting))}")
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = prediction.predictions, prediction.label_ids

@@ -27,6 +27,8 @@ from .arguments import FinetuningArguments
 from .finetuning import FinetuningTrainer, check_max_length, load_for_task
 from .run import run_training, starting_checkpoint
 
+RESULTS = "squad_results.json"  # the last file of a run
+
 
 def finetune_squad(
     name_or_path: str,
@@ -58,13 +60,13 @@ def finetune_squad(
         ValueError: a decoder, a tokenizer that is not fast, a window longer than the model's positions, or no question
             to train on.
     """
+    if tokenizer.cls_token_id is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no [CLS], which stands for no answer: give an encoder")
     check_max_length(name_or_path, max_length)
     checkpoint = starting_checkpoint(training_args)
     set_seed(training_args.seed)
     model = load_for_task(AutoModelForQuestionAnswering, name_or_path, tokenizer, config_overrides)
     windows, of_train = training_windows(train, tokenizer, max_length, stride)
-    if len(windows) == 0:
-        raise ValueError(f"none of {of_train.questions} questions has its answer in its context")
     of_validation, report = evaluation_windows(validation, tokenizer, max_length, stride)
     # Evaluation is of whole questions, after training.
     training_args.eval_strategy = "no"
@@ -79,6 +81,8 @@ def finetune_squad(
     trainer.remove_callback(PrinterCallback)
     data = {"dataset_name": None, **(data or {})}
     metrics = run_training(trainer, checkpoint, "fine-tuning", data, loss_name="loss")
+    # Trainer would predict in the order of lengths, too.
+    training_args.train_sampling_strategy = "sequential"
     starts, ends = (np.asarray(logits) for logits in trainer.predict(trainer.eval_dataset).predictions[:2])
     contexts = dict(zip(validation["id"], validation["context"], strict=True))
     answers = best_answers(of_validation, starts, ends, contexts, n_best, max_answer_tokens)
@@ -86,7 +90,7 @@ def finetune_squad(
     predictions = {name: answer.text for name, answer in answers.items()}
     if threshold is not None:
         predictions = with_threshold(answers, threshold)
-    scores = squad_scores(predictions, validation)
+    scores = squad_scores(predictions, validation, without_answers)
     evaluation = {name: value for name, value in metrics.items() if name.startswith("eval_")}
     trainer.save_metrics("eval", {**evaluation, **{f"eval_{name}": score for name, score in scores.items()}})
     result = {
@@ -100,5 +104,5 @@ def finetune_squad(
         folder = Path(training_args.output_dir)
         (folder / "predictions.json").write_text(json.dumps(predictions, indent=1))
         (folder / "n_best.json").write_text(json.dumps({name: asdict(a) for name, a in answers.items()}, indent=1))
-        (folder / "squad_results.json").write_text(json.dumps(result, indent=2) + "\n")
+        (folder / RESULTS).write_text(json.dumps(result, indent=2) + "\n")
     return result

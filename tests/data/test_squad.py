@@ -62,6 +62,51 @@ def test_answers_that_are_lost_are_counted(tokenizers):
     assert {(window["start_positions"], window["end_positions"]) for window in none} == {(0, 0)}
 
 
+def test_answers_that_no_window_shows_are_counted(tokenizers):
+    whole = {"id": "whole", "question": "the fox ?", "context": CONTEXT}
+    whole["answers"] = {"text": [CONTEXT], "answer_start": [0]}
+    rows = Dataset.from_list([whole, row("the fox ?", "owl", name="short"), row("the fox ?", name="none")])
+    windows, report = squad.training_windows(rows, tokenizers["bert"], max_length=24, stride=4)
+    assert report.uncovered == ["whole"]
+    kept, _ = squad.training_windows(rows.select([1, 2]), tokenizers["bert"], max_length=24, stride=4)
+    assert windows[:] == kept[:]
+    with pytest.raises(ValueError, match="none of 1 questions has its answer in its context"):
+        squad.training_windows(rows.select([0]), tokenizers["bert"], max_length=24, stride=4)
+
+
+@pytest.mark.parametrize(("text", "start"), [("owl ", 6), (" owl", 5), ("owl\n", 6)])
+def test_space_around_an_answer_is_no_part_of_it(tokenizers, text, start):
+    context = f"it is {text.strip()}" + text[len(text.rstrip()) :]
+    question = {"id": "a", "question": "what ?", "context": context}
+    question["answers"] = {"text": [text], "answer_start": [start]}
+    windows, report = squad.training_windows(Dataset.from_list([question]), tokenizers["bert"], 24, 4)
+    assert (report.misplaced, report.uncovered) == ([], [])
+    (window,) = windows
+    span = window["input_ids"][window["start_positions"] : window["end_positions"] + 1]
+    assert tokenizers["bert"].decode(span) == "owl"
+
+
+@pytest.mark.parametrize("stride", [10, 12, 18])
+def test_a_long_question_leaves_room_for_the_stride(tokenizers, stride):
+    rows = Dataset.from_list([row("the fox " * 20, "owl")])
+    windows, report = squad.training_windows(rows, tokenizers["bert"], max_length=24, stride=stride)
+    assert report.shortened == ["q"]
+    assert all(len(window["input_ids"]) <= 24 for window in windows)
+    with pytest.raises(ValueError, match="stride=20 leaves no room for a question in max_length=24"):
+        squad.training_windows(rows, tokenizers["bert"], max_length=24, stride=20)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "of_v1", "of_v2"),
+    [("", ["the"], (100, 0), (100, 100)), ("", ["5", ""], (100, 0), (0, 0)), ("5", ["5", ""], (100, 100), (100, 100))],
+)
+def test_empty_answers_differ_between_the_versions(prediction, answers, of_v1, of_v2):
+    rows = [{"id": "a", "answers": {"text": answers}}]
+    for without_answers, expected in ((False, of_v1), (True, of_v2)):
+        found = squad.squad_scores({"a": prediction}, rows, without_answers)
+        assert (found["exact_match"], found["f1"]) == expected
+
+
 @pytest.mark.parametrize(
     ("prediction", "answer", "exact", "f1"),
     [
@@ -143,6 +188,12 @@ def test_files_are_checked(tmp_path):
         squad.load_squad(tmp_path / "bad.parquet")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         squad.load_squad(tmp_path / "missing.parquet")
+    good.map(lambda row: {"question": None}).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match=r"none.parquet, row 0: a value is missing"):
+        squad.load_squad(tmp_path / "none.parquet")
+    good.remove_columns("answers").add_column("answers", ["owl"]).to_parquet(tmp_path / "flat.parquet")
+    with pytest.raises(ValueError, match="the column 'answers' must hold text and answer_start"):
+        squad.load_squad(tmp_path / "flat.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="cannot be read"):
         squad.load_squad(tmp_path / "broken.parquet")

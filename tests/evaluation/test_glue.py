@@ -92,13 +92,14 @@ def test_an_interrupted_command_goes_on(saved, glue, tmp_path, monkeypatch):
         ("rte", 1),
     ]
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
-    with pytest.raises(ValueError, match=r"has results with learning_rate=2e-05, not 0.1"):
-        run(model, glue, tmp_path, training={"learning_rate": 0.1}, tasks="rte")
+    for name, value in (("learning_rate", 0.1), ("label_smoothing_factor", 0.1), ("max_grad_norm", 0.5)):
+        with pytest.raises(ValueError, match=rf"has results with {name}=.*, not {value}"):
+            run(model, glue, tmp_path, training={name: value}, tasks="rte")
 
 
 def test_a_task_that_fails_does_not_stop_the_others(saved, glue, tmp_path):
     path = str(glue / "stsb" / "train.parquet")
-    Dataset.from_parquet(path).map(lambda row: {"label": float("inf")}).to_parquet(path)
+    Dataset.from_parquet(path).map(lambda row: {"label": 1e30}).to_parquet(path)
     with pytest.raises(ValueError, match=r"^stsb failed: .*NaN or infinite"):
         run(saved("bert"), glue, tmp_path, tasks="stsb,mrpc")
     assert [path.name for path in (tmp_path / "out" / "records").iterdir()] == ["mrpc-0.json"]
@@ -109,6 +110,17 @@ def test_rows_longer_than_the_model_are_refused(saved, glue, tmp_path):
     arguments = GlueArguments(model=saved("bert"), data_dir=str(glue), max_length=41)
     with pytest.raises(ValueError, match="max_length=41 is more than the model's max_position_embeddings=40"):
         run_classification(arguments, FinetuningArguments(output_dir=str(tmp_path / "out"), use_cpu=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_trained_is_refused_at_once(saved, glue, tmp_path):
+    model = saved("bert")
+    for training, options, message in (
+        ({"eval_strategy": "no"}, {"epoch": "best"}, "epoch=best needs an evaluation"),
+        ({}, {"config_overrides": "dropout=0.1"}, "a shared_bert has no field 'dropout'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(model, glue, tmp_path, training, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -126,6 +138,8 @@ def test_seeds_differ_and_repeat(saved, glue, tmp_path):
     [
         ({"tasks": "sst"}, "'sst' is not a GLUE task; the nearest is 'sst2'"),
         ({"seeds": "0,one"}, "seeds='0,one' must be numbers"),
+        ({"tasks": ""}, "tasks='' names no task"),
+        ({"max_train_samples": 0}, "max_train_samples=0 must be 1 or more"),
     ],
 )
 def test_arguments_are_checked(options, message):
@@ -157,6 +171,13 @@ def test_rows_are_checked(glue):
     write(rows.cast_column("label", ClassLabel(names=["not_entailment", "entailment"])))
     with pytest.raises(ValueError, match="the labels are not_entailment, entailment, not entailment, not_entailment"):
         load_glue("rte", glue)
+    for label, message in ((-1.0, "all labels are -1"), (float("nan"), "a label is missing, NaN or infinite")):
+        with pytest.raises(ValueError, match=f"stsb, test: {message}"):
+            check_split(
+                Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "label": [label]}),
+                GLUE["stsb"],
+                "stsb, test",
+            )
     (glue / "rte" / "validation.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no file validation.parquet"):
         load_glue("rte", glue)
@@ -195,6 +216,21 @@ def test_metrics_are_those_of_the_definitions():
     assert task_metrics(task)(EvalPrediction(np.ones((50, 1)), targets)) == {"pearson": 0.0, "spearmanr": 0.0}
     with pytest.raises(ValueError, match="'acuracy' is not a metric; the nearest is 'accuracy'"):
         check_metrics(["acuracy"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "metric", "kind"),
+    [
+        (None, "accuracy", "text"),
+        (("a", "b"), "pearson", "text"),
+        (("a", "b", "c"), "f1", "text"),
+        (("a", "b"), "span_f1", "text"),
+        (("a", "b"), "spearmanr", "tokens"),
+    ],
+)
+def test_metrics_that_do_not_fit_are_refused(labels, metric, kind):
+    with pytest.raises(ValueError, match=f"^{metric}: metrics of this task can be "):
+        task_metrics(Task(("text",), labels, (metric,), kind=kind))
 
 
 @pytest.mark.parametrize("name", TASK_METRICS)

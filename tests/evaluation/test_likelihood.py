@@ -82,6 +82,19 @@ def test_accuracy_by_phenomenon(models, kind):
     assert found["by_paradigm"] == {"a": sum(right[:2]) / 2, "b": float(right[2]), "c": float(right[3])}
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_two_equal_sentences_count_as_right(models, kind):
+    pair = {"sentence_good": "the fox hunts", "sentence_bad": "the fox hunts", "UID": "a"}
+    assert blimp_accuracy(*models(kind), [pair])["overall"]["accuracy"] == 1  # as lm-eval has it
+
+
+def test_text_without_spaces_is_one_long_word(models):
+    found = perplexity(*models("gpt"), ["the" * 400])
+    assert found["words"] == 1
+    assert found["per_word"] == math.inf
+    assert math.isfinite(found["per_token"])
+
+
 def test_lm_eval_gives_a_decoder_the_same_numbers(models):
     pytest.importorskip("lm_eval", reason="needs the package lm-eval")
     from lm_eval.api.instance import Instance
@@ -149,6 +162,8 @@ def test_more_context_is_not_worse_for_a_model_that_uses_it(models):
             "a sentence has .* tokens, more than 40 positions",
         ),
         ("bert", lambda m, t: blimp_accuracy(m, t, []), "there are no pairs"),
+        ("gpt", lambda m, t: blimp_accuracy(m, t, [{"good": "a"}]), "no column UID, sentence_bad, sentence_good"),
+        ("bert", lambda m, t: sentence_scores(m.base_model, t, ["a"]), "SharedBertModel is no language model"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(models, kind, call, message):

@@ -109,7 +109,7 @@ def test_a_decoder_has_no_head_for_choices(finetune, capsys):
             *("--text_columns", "text", "--choice_columns", "choices"),
             model="gpt",
         )
-    assert "SharedGptConfig" in capsys.readouterr().err
+    assert "is a shared_gpt, which has no head ForMultipleChoice" in capsys.readouterr().err
 
 
 def test_the_first_token_of_a_word_has_its_label(tokenizers):
@@ -120,6 +120,13 @@ def test_the_first_token_of_a_word_has_its_label(tokenizers):
     assert len(pieces[1]) > 1
     assert row["labels"] == [-100, 0, 1, *[-100] * (len(pieces[1]) - 1), 2, *[-100] * (len(pieces[2]) - 1), -100]
     assert row["input_ids"] == tokenizers["bert"](" ".join(words))["input_ids"]
+
+
+def test_words_of_a_byte_level_tokenizer_have_their_space(tokenizers):
+    words = ["the", "fox", "hunts"]
+    task = Task(("tokens",), ("a", "b"), ("accuracy",), kind="tokens")
+    (row,) = tokenize_task(Dataset.from_list([{"tokens": words, "label": [0, 1, 0]}]), task, tokenizers["gpt"], 16)
+    assert row["input_ids"] == tokenizers["gpt"](" the fox hunts")["input_ids"]
 
 
 def test_choices_are_pairs(tokenizers):
@@ -187,8 +194,28 @@ def test_rows_are_checked():
     choices = of([0, 1], choices=[["a", "b"], ["a", "b", "c"]])
     with pytest.raises(ValueError, match="train, row 1: there are 3 choices, but 2 different labels"):
         task_of_rows({"train": choices, "validation": choices}, ("text",), kind="choice", choices=("choices",))
+    for labels, message in (([-1, -1], "all labels are -1"), ([0, None], "a label is missing")):
+        with pytest.raises(ValueError, match=message):
+            task_of_rows({"train": of(labels), "validation": of(labels)}, ("text",))
+    with pytest.raises(ValueError, match="the columns text and label must hold a list in each row"):
+        task_of_rows({"train": of([0, 1]), "validation": of([0, 1])}, ("text",), kind="tokens")
+    with pytest.raises(ValueError, match="a column is named twice: label, label"):
+        task_of_rows({"train": of([0, 1]), "validation": of([0, 1])}, ("label",))
+
+
+def test_labels_are_in_order_of_their_numbers():
+    rows = Dataset.from_dict({"text": ["a"] * 12, "label": [str(i) for i in range(12)]})
+    task, splits = task_of_rows({"train": rows, "validation": rows}, ("text",))
+    assert task.labels == tuple(map(str, range(12)))
+    assert splits["train"]["label"][:] == list(range(12))
+
+
+def test_files_are_checked(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing.json does not exist"):
-        load_file("missing.json")
+        load_file(tmp_path / "missing.json")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty.jsonl is empty"):
+        load_file(tmp_path / "empty.jsonl")
 
 
 @pytest.mark.parametrize(

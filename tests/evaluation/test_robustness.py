@@ -59,30 +59,33 @@ def test_without_noise_it_is_the_accuracy(classifier, kind):
     assert result["accuracies"] == [sum(a == b for a, b in zip(expected, rows["label"], strict=True)) / 7]
 
 
-def test_noise_has_the_stated_size(classifier, monkeypatch):
+def test_noise_has_the_stated_size(classifier):
     model, tokenizer = classifier("bert", "sst2")
     rows = rows_of("sst2", [0, 1] * 200)
-    added = []
-    plain = type(model).forward
-
-    def watch(self, inputs_embeds=None, **kwargs):
-        added.append(inputs_embeds)
-        return plain(self, inputs_embeds=inputs_embeds, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", watch)
-    predict_labels(model, tokenizer, rows, "sst2", noise=0.3, batch_size=400)
-    ids = [
-        tokenizer(text)["input_ids"]
-        for text in sorted(rows["sentence"], key=lambda text: len(tokenizer(text)["input_ids"]))
-    ]
-    with torch.no_grad():
-        clean = model.get_input_embeddings()(torch.tensor([row + [0] * (len(ids[-1]) - len(row)) for row in ids]))
-        lengths = (added[0] - clean).norm(dim=-1)
-        mean = model.get_input_embeddings().weight.norm(dim=-1).mean()
+    seen = []
+    # The sum of the embeddings comes in here.
+    model.bert.embeddings.LayerNorm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for noise in (0.0, 0.3):
+        predict_labels(model, tokenizer, rows, "sst2", noise=noise, batch_size=400)
+    clean, noisy = seen
+    lengths = (noisy - clean).norm(dim=-1)
+    mean = model.get_input_embeddings().weight.norm(dim=-1).mean()
     # The mean length of isotropic noise is that of a chi distribution: a little below its root mean square.
     assert (lengths.square().mean().sqrt() / mean).item() == pytest.approx(0.3, rel=0.02)
-    directions = (added[0] - clean).flatten(0, 1)
+    directions = (noisy - clean).flatten(0, 1)
     assert directions.mean(0).abs().max() < 0.1 * directions.std()
+    predict_labels(model, tokenizer, rows, "sst2", batch_size=400)
+    assert torch.equal(seen[-1], clean)  # no noise is left behind
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+@pytest.mark.parametrize("stock", [False, True])
+def test_noise_does_not_hide_the_padding(classifier, kind, stock):
+    model, tokenizer = classifier(kind, "mrpc")
+    model = shared_bert.to_stock(model) if stock else model
+    rows = rows_of("mrpc", [0, 1] * 20)
+    expected = predict_labels(model, tokenizer, rows, "mrpc")
+    assert torch.equal(predict_labels(model, tokenizer, rows, "mrpc", noise=1e-7), expected)
 
 
 def test_noise_repeats_by_seed_and_draws_differ(classifier):
