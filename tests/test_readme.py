@@ -26,6 +26,8 @@ DOCUMENTS = {
         "shared_bert/conversion/README.md",
     )
 }
+# Records of fine-tuning whose tables are kept.
+SCORES = ("encoders/glue.json",)
 README, MEASUREMENTS = DOCUMENTS["README.md"], DOCUMENTS["model_cards/README.md"]
 
 
@@ -168,6 +170,24 @@ def test_quickstart_losses_are_the_kept_results():
     for model in ("bert", "gpt"):
         curve = kept(f"quickstart/shared_{model}_loss_curve.json")
         assert f"| {curve['evaluation'][-1]['loss']:.2f} | {curve['unigram_entropy']:.2f} |" in MEASUREMENTS
+
+
+def test_scores_are_redrawn_from_their_records(tmp_path):
+    from shared_bert.evaluation.records import load_compared, write_scores
+
+    for name in SCORES:
+        path = ROOT / "model_cards" / name
+        write_scores(load_compared([path]), tmp_path / path.name)
+        assert (tmp_path / path.with_suffix(".md").name).read_text() == path.with_suffix(".md").read_text()
+
+
+def test_encoders_are_the_kept_results():
+    for scheme in ("standard", "shared", "pairwise", "symmetric"):
+        losses = [
+            kept(f"encoders/pretraining/{scheme}_{rows}_loss_curve.json")["evaluation"][-1]["loss"]
+            for rows in (16, 128)
+        ]
+        assert f"| `{scheme}` | {losses[0]:.2f} | {losses[1]:.2f} |" in MEASUREMENTS
 
 
 def test_conversions_are_the_kept_results():
