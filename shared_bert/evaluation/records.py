@@ -146,9 +146,12 @@ def score_table(records: dict[str, list[dict[str, Any]]]) -> str:
 def caption(records: dict[str, list[dict[str, Any]]]) -> str:
     """Return a sentence about the scores: of which epoch, and over which seeds."""
     every = [record for of_model in records.values() for record in of_model]
-    seeds = ", ".join(str(seed) for seed in sorted({record["seed"] for record in every}))
+    seeds = [str(seed) for seed in sorted({record["seed"] for record in every})]
+    of_seeds = f"of seed {seeds[0]}"
+    if len(seeds) > 1:
+        of_seeds = f"mean ± standard deviation over the seeds {', '.join(seeds)}"
     epoch = "best epoch on the validation data" if every[0]["epoch"] == "best" else "last epoch"
-    return f"Validation scores in percent after the {epoch}, mean ± standard deviation over the seeds {seeds}.\n"
+    return f"Validation scores in percent after the {epoch}, {of_seeds}.\n"
 
 
 def difference_table(records: dict[str, list[dict[str, Any]]]) -> str:
