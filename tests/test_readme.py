@@ -192,6 +192,27 @@ def test_encoders_are_the_kept_results():
         assert f"| `{scheme}` | {losses[0]:.2f} | {losses[1]:.2f} |" in MEASUREMENTS
 
 
+def test_noise_is_the_kept_result():
+    for model, levels in kept("encoders/noise_sst2.json")["results"].items():
+        cells = [f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}" for row in levels[::2]]
+        assert f"| `{Path(model).name}` | {' | '.join(cells)} |" in MEASUREMENTS
+
+
+def test_fine_tuning_at_real_lengths_is_the_kept_result():
+    (row,) = kept("benchmark_finetune_cpu.json")["results"]
+    assert f"{row['speedup']:.1f}× as fast" in MEASUREMENTS
+    assert f"{row['speedup']:.1f}×" in README
+    for kind, seconds in row["seconds_per_epoch"].items():
+        assert f"| {seconds:.1f} s | {100 * row['scores'][kind]:.1f} % |" in MEASUREMENTS
+
+
+def test_the_costs_are_the_kept_result():
+    from shared_bert.evaluation.efficiency_table import efficiency_table
+
+    (result,) = kept("benchmark_efficiency_cpu.json")["results"]
+    assert efficiency_table(result) in MEASUREMENTS
+
+
 def test_conversions_are_the_kept_results():
     result = kept("minilm_conversion.json")
     card = (ROOT / "model_cards" / "minilm_conversion.md").read_text()
