@@ -150,7 +150,7 @@ def draw_noise(results: dict[str, list[dict[str, Any]]], title: str, path: Path)
         )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
 
