@@ -112,7 +112,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=text)
         command.add_argument("--model", required=True, help="folders or names on the Hub, separated by commas")
         command.add_argument("--output", type=Path, default=Path("runs", f"{name}.json"))
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, main=evaluate_models)
         return command
 
     for name, run, text in (
@@ -135,7 +135,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--pairs", required=True, help="a parquet file in the columns of BLiMP")
     command.add_argument("--within_word", action="store_true", help="mask the rest of a word too (encoders)")
     command.add_argument("--max_pairs", type=int, help="no more pairs of a paradigm than this")
-    add("scores", None, "tables and a plot of several output folders of finetune.py")
+    command = add("scores", None, "tables and a plot of several output folders of finetune.py")
+    command.set_defaults(main=compare_scores)
     command = add("perplexity", perplexity_of, "perplexity of decoders")
     command.add_argument("--text", required=True, help="a .txt, .jsonl or .parquet file, a folder or a glob")
     command.add_argument("--stride", type=int, help="tokens that each window predicts; default: half a window")
@@ -161,7 +162,7 @@ def evaluate_models(parsed: argparse.Namespace):
     for name_or_path in parsed.model.split(","):
         print(name_or_path, flush=True)
         results[name_or_path] = parsed.run(name_or_path, parsed)
-    options = {name: str(value) for name, value in vars(parsed).items() if name != "run"}
+    options = {name: str(value) for name, value in vars(parsed).items() if name not in ("run", "main")}
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     record = {"options": options, **environment("cpu"), "results": results}
     parsed.output.write_text(json.dumps(record, indent=2) + "\n")
@@ -172,10 +173,7 @@ def evaluate_models(parsed: argparse.Namespace):
 @reports_user_errors
 def main(arguments: list[str]):
     parsed = parse(arguments)
-    if parsed.run is None:
-        compare_scores(parsed)
-    else:
-        evaluate_models(parsed)
+    parsed.main(parsed)
     print(f"written to {parsed.output}")
 
 
