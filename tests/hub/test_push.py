@@ -5,6 +5,7 @@ import os
 import random
 import runpy
 import signal
+from multiprocessing import connection
 from types import SimpleNamespace
 
 import pytest
@@ -314,7 +315,7 @@ def test_a_killed_push_can_be_done_again(hub, saved, far, tmp_path, monkeypatch)
             answer = route(method, path, headers, body)
             if next(until, None) is None:
                 process.kill()
-                process.join()
+                connection.wait([process.sentinel])  # not join(): only one thread can read the status
                 raise ConnectionAbortedError
             return answer
 
