@@ -22,18 +22,20 @@ class Temperature(Ingredient):
 
     words = "a temperature for each head"
 
-    def shapes(self, config):
-        return {"temperature": (config.num_attention_heads,)}
+    def shapes(self, heads, head_dim):
+        return {"temperature": (heads,)}
 
-    def init_weights(self, attention):
-        torch.nn.init.constant_(attention.temperature, 3.0)
+    def init_weights(self, parameters, config):
+        torch.nn.init.constant_(parameters["temperature"], 3.0)
 
     def fold_query(self, attention, query):
         return query * attention.temperature[:, None, None]
 
-    def multiply_out(self, parameters, query, key, value):
+    def multiply_out(self, parameters, role, rows):
+        if role != "query":
+            return rows
         factor = parameters["temperature"][:, None, None]
-        return (factor * query.unflatten(0, (len(factor), -1))).flatten(0, 1), key, value
+        return (factor * rows.unflatten(0, (len(factor), -1))).flatten(0, 1)
 
 
 @pytest.mark.parametrize("ingredient", [Ingredient(), Temperature()])

@@ -60,8 +60,7 @@ def _scheme_layer(attention: SelfAttention, projection_weight=None, output_weigh
     parts = (tensor.split(attention.widths) for tensor in (projection.weight, projection.bias))
     matrices = {name: Affine(*part) for name, *part in zip(attention.scheme.matrices, *parts, strict=True)}
     matrices["o"] = _affine(attention.output, output_weight)
-    names = attention.scheme.ingredient.shapes(attention.config)
-    return SchemeLayer(matrices, {name: getattr(attention, name).double() for name in names})
+    return SchemeLayer(matrices, {name: p.double() for name, p in attention.ingredient_parameters.items()})
 
 
 @torch.no_grad()
@@ -75,14 +74,18 @@ def _dense(attention: SelfAttention, layer: SchemeLayer) -> DenseAttention:
     identity = torch.eye(len(output.weight)).to(output.weight)
     made = {**layer.matrices, "x": Affine(identity, torch.zeros_like(identity[0]))}
     # An ingredient acts on the channels of a role, and so on the bias as on one more column of the weight.
-    roles = (torch.column_stack([made[name].weight, made[name].bias]) for name in scheme.roles)
-    roles = scheme.ingredient.multiply_out(layer.ingredient, *roles)
-    query, key, value = (Affine(role[:, :-1], role[:, -1]) for role in roles)
+    query, key, value = (
+        scheme.ingredient.multiply_out(
+            layer.ingredient, role, torch.column_stack([made[name].weight, made[name].bias])
+        )
+        for role, name in zip(("query", "key", "value"), scheme.roles, strict=True)
+    )
+    query, key, value = (Affine(role[:, :-1], role[:, -1]) for role in (query, key, value))
     groups = attention.num_key_value_groups
     return DenseAttention(
         query=_scaled(query, attention.scaling * head_dim**0.5),
-        key=_repeat_heads(key, head_dim, groups),
-        value=_repeat_heads(value, head_dim, groups),
+        key=repeat_heads(key, head_dim, groups),
+        value=repeat_heads(value, head_dim, groups),
         output=output,
     )
 
@@ -105,7 +108,8 @@ def _scaled(role: Affine, factor: torch.Tensor | float) -> Affine:
     return Affine(factor[..., None] * role.weight, factor * role.bias)
 
 
-def _repeat_heads(role: Affine, head_dim: int, groups: int) -> Affine:
+def repeat_heads(role: Affine, head_dim: int, groups: int) -> Affine:
+    """Repeat each head of a grouped key or value for every query head of its group."""
     if groups == 1:
         return role
     return Affine(

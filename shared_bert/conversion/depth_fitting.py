@@ -9,6 +9,8 @@
   autocorrelation where it is known, which minimises ‖(W - W')·C^½‖.
 """
 
+from typing import Protocol
+
 import torch
 from transformers import PreTrainedModel
 
@@ -24,7 +26,14 @@ DictionaryGroups = list[tuple[int, int, int]]  # first layer, layer after the la
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # see `low_rank_factors`
 
 
-def layer_coefficients(flat: torch.Tensor, config: SharedAttentionConfig, groups: DictionaryGroups) -> torch.Tensor:
+class DepthSharingFields(Protocol):
+    """What fitting asks of a config: the kind of sharing, and the number of groups in two of them."""
+
+    depth_sharing: str
+    num_groups: int | None
+
+
+def layer_coefficients(flat: torch.Tensor, config: DepthSharingFields, groups: DictionaryGroups) -> torch.Tensor:
     """Return the share of each shared matrix in every layer's, [layers, shared matrices].
 
     Args:
@@ -53,7 +62,7 @@ def dictionary_groups_of(num_layers: int, num_atoms: int | None, number: int, dr
 
 
 def fit_atoms(
-    stack: torch.Tensor, config: SharedAttentionConfig, groups: DictionaryGroups, root: torch.Tensor | None = None
+    stack: torch.Tensor, config: DepthSharingFields, groups: DictionaryGroups, root: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit the shared matrices to one matrix of all layers.
 
@@ -190,10 +199,11 @@ def _write_factors(model: PreTrainedModel, factors: dict[str, list[Factors]]):
             if config.depth_sharing != "low_rank":
                 module = module.residual
             if module is not None:
-                _write_low_rank(module, [factors[name][layer] for name in config.matrix_widths(map_name)])
+                write_low_rank(module, [factors[name][layer] for name in config.matrix_widths(map_name)])
 
 
-def _write_low_rank(module: LowRankLinear, factors: list[Factors]):
+def write_low_rank(module: LowRankLinear, factors: list[Factors]):
+    """Copy the leading ranks of each matrix's factors into a module."""
     for parameter, down_rows, (_, up, down) in zip(module.up, module.down.split(module.ranks), factors, strict=True):
         kept = min(parameter.shape[1], up.shape[1])  # a rank above the width of grouped keys leaves zeros
         parameter.zero_()[:, :kept].copy_(up[:, :kept])

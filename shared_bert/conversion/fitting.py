@@ -30,10 +30,11 @@ exactly, and the query's is regressed on the new keys.
 """
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 
-from ..modeling import SharedAttentionConfig
+from ..modeling import Scheme
 from ..modeling.ingredients import Diagonals
 from .dense import Affine, DenseAttention, SchemeLayer
 
@@ -44,6 +45,16 @@ _SHRINKAGE = 1e-3
 # ``unified`` gives a direction that only the value needs an eigenvalue of this share of the logits' error: it costs
 # a millionth more, no channel becomes so small that it could not be trained, and an exact fit stays exact.
 _LEAST_EIGENVALUE = 1e-3
+
+
+class AttentionFields(Protocol):
+    """What fitting asks of a config."""
+
+    attention_scheme: str
+    scheme: Scheme
+    attention_scale: float | None
+    num_attention_heads: int
+    num_key_value_heads: int
 
 
 @dataclass
@@ -189,7 +200,7 @@ def _serve_groups(
 
 
 def fit_scheme(
-    layer: DenseAttention, config: SharedAttentionConfig, autocorrelation: torch.Tensor | None = None
+    layer: DenseAttention, config: AttentionFields, autocorrelation: torch.Tensor | None = None
 ) -> SchemeLayer:
     """Fit the scheme of `config` to a stock layer; see the table above.
 
@@ -198,11 +209,12 @@ def fit_scheme(
         config: of the new model.
         autocorrelation: the mean of x·xᵀ over the layer's inputs, [hidden, hidden]; None takes the identity.
     """
-    heads = Heads.of(layer, config.hidden_size // config.num_attention_heads)
+    size, hidden_size = layer.query.weight.shape
+    heads = Heads.of(layer, size // config.num_attention_heads)
     scale = config.scheme.scale if config.attention_scale is None else config.attention_scale
     heads.query, heads.query_bias = heads.query / scale, heads.query_bias / scale
     if autocorrelation is None:
-        autocorrelation = torch.eye(config.hidden_size, dtype=torch.float64, device=heads.query.device)
+        autocorrelation = torch.eye(hidden_size, dtype=torch.float64, device=heads.query.device)
     return FITS[config.attention_scheme](heads, Metric.of(autocorrelation), config)
 
 

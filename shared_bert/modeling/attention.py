@@ -61,12 +61,18 @@ class SelfAttention(nn.Module):
         self.widths = list(config.matrix_widths("projection").values())
         self.projection = make_linear(config, layer_idx, "projection")
         self.output = make_linear(config, layer_idx, "output")
-        for name, shape in self.scheme.ingredient.shapes(config).items():
+        for name, shape in self.scheme.ingredient.shapes(config.num_attention_heads, self.head_dim).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    @property
+    def ingredient_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not in a Linear, by name."""
+        names = self.scheme.ingredient.shapes(self.config.num_attention_heads, self.head_dim)
+        return {name: getattr(self, name) for name in names}
 
     def init_weights(self):
         """Start the parameters that are not in a Linear; loaded ones are left alone."""
-        self.scheme.ingredient.init_weights(self)
+        self.scheme.ingredient.init_weights(self.ingredient_parameters, self.config)
 
     def roles(
         self, hidden_states: torch.Tensor, projection_weight: torch.Tensor | None = None

@@ -48,6 +48,33 @@ def checked(cls: type) -> type:
     return cls
 
 
+def check_sizes(depth_sharing: str, sizes: dict[str, Any], limits: dict[str, int]):
+    """Raise a ValueError for sizes that `depth_sharing` does not take, or needs and lacks.
+
+    Args:
+        sizes: num_atoms, num_groups, rank and layer_ranks, or None.
+        limits: the number of layers and the largest rank, by the names that an error gives them.
+    """
+    needed = DEPTH_SHARING[depth_sharing]
+    allowed = {needed} if depth_sharing == "none" else {needed, "rank", "layer_ranks"}
+    for field, value in sizes.items():
+        if value is not None and field not in allowed:
+            users = ", ".join(name for name, size in DEPTH_SHARING.items() if size == field)
+            raise ValueError(
+                f"{field}={value} does not go with depth_sharing={depth_sharing!r}"
+                + (f"; it goes with {users}" if users else "")
+            )
+    if depth_sharing == "none":
+        return
+    if sizes[needed] is None and not (needed == "rank" and sizes["layer_ranks"]):
+        raise ValueError(f"depth_sharing={depth_sharing!r} needs {needed}")
+    layers, largest = limits.items()
+    for field, (of, most) in {"num_atoms": layers, "num_groups": layers, "rank": largest}.items():
+        value = sizes[field]
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{field}={value} must be at least 1 and at most {of}={most}")
+
+
 @checked
 class SharedAttentionConfig(PreTrainedConfig):
     """Fields of `SelfAttention`, checked when a config is made and when it is saved.
@@ -225,28 +252,9 @@ class SharedAttentionConfig(PreTrainedConfig):
 
     def validate_depth_sharing(self):
         """Raise a ValueError for fields that `depth_sharing` does not take, or needs and lacks."""
-        needed = DEPTH_SHARING[self.depth_sharing]
-        allowed = {needed} if self.depth_sharing == "none" else {needed, "rank", "layer_ranks"}
-        for field in ("num_atoms", "num_groups", "rank", "layer_ranks"):
-            value = getattr(self, field)
-            if value is not None and field not in allowed:
-                users = ", ".join(name for name, size in DEPTH_SHARING.items() if size == field)
-                raise ValueError(
-                    f"{field}={value} does not go with depth_sharing={self.depth_sharing!r}"
-                    + (f"; it goes with {users}" if users else "")
-                )
-        if self.depth_sharing == "none":
-            return
-        if getattr(self, needed) is None and not (needed == "rank" and self.layer_ranks):
-            raise ValueError(f"depth_sharing={self.depth_sharing!r} needs {needed}")
-        for field, most, of in (
-            ("num_atoms", self.num_hidden_layers, "num_hidden_layers"),
-            ("num_groups", self.num_hidden_layers, "num_hidden_layers"),
-            ("rank", self.hidden_size, "hidden_size"),
-        ):
-            value = getattr(self, field)
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{field}={value} must be at least 1 and at most {of}={most}")
+        sizes = {field: getattr(self, field) for field in ("num_atoms", "num_groups", "rank", "layer_ranks")}
+        limits = {name: getattr(self, name) for name in ("num_hidden_layers", "hidden_size")}
+        check_sizes(self.depth_sharing, sizes, limits)
         if self.coefficient_source == "network" and self.depth_sharing != "masa":
             raise ValueError(
                 f"coefficient_source='network' makes the coefficients of 'masa', which depth_sharing="

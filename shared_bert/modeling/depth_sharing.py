@@ -90,17 +90,21 @@ class CoefficientNetwork(nn.Module):
 
 
 class SharedMatrix(nn.Module):
-    """One matrix of attention in all layers, [width, hidden] each, made from `atoms` [atoms, width, hidden].
+    """One matrix in all layers, [width, in_features] each, made from `atoms` [atoms, width, in_features].
 
     ``masa`` has `coefficients`, too: a parameter [layers, atoms], or the network that makes it.
+
+    Args:
+        config: with the fields depth_sharing, num_atoms, num_groups, coefficient_source and coefficient_init of
+            `SharedAttentionConfig`.
     """
 
-    def __init__(self, config, width: int):
+    def __init__(self, config, num_layers: int, width: int, in_features: int):
         super().__init__()
         self.config = config
-        num_layers = config.num_hidden_layers
+        self.num_layers = num_layers
         number = config.num_atoms if config.depth_sharing == "masa" else config.num_groups
-        self.atoms = nn.Parameter(torch.empty(number, width, config.hidden_size))
+        self.atoms = nn.Parameter(torch.empty(number, width, in_features))
         if config.depth_sharing != "masa":
             self.groups = layer_groups(config.depth_sharing, num_layers, number)
         elif config.coefficient_source == "network":
@@ -112,9 +116,7 @@ class SharedMatrix(nn.Module):
         """Start the matrix of every layer with entries of standard deviation `std`."""
         init.normal_(self.atoms, std=std)
         if self.config.depth_sharing == "masa":
-            coefficients = initial_coefficients(
-                self.config.num_hidden_layers, len(self.atoms), self.config.coefficient_init
-            )
+            coefficients = initial_coefficients(self.num_layers, len(self.atoms), self.config.coefficient_init)
             if self.config.coefficient_source == "network":
                 self.coefficients.init_weights(coefficients)
             else:
@@ -129,20 +131,29 @@ class SharedMatrix(nn.Module):
         """Replace the network by its result."""
         self.coefficients = nn.Parameter(self.layer_coefficients().clone())
 
-    def forward(self) -> tuple[torch.Tensor, ...]:
-        """Return the distinct matrices, [width, hidden] each: one per layer, or one per group."""
+    def forward(self, layer: int | None = None) -> tuple[torch.Tensor, ...] | torch.Tensor:
+        """Return the distinct matrices, [width, in_features] each: one per layer, or one per group.
+
+        Args:
+            layer: return the matrix of this layer only.
+        """
         if self.config.depth_sharing != "masa":
-            return self.atoms.unbind(0)
+            return self.atoms.unbind(0) if layer is None else self.atoms[self.groups[layer]]
         with torch.autocast(self.atoms.device.type, enabled=False):
-            assembled = self.layer_coefficients() @ self.atoms.flatten(1)
-        return assembled.unflatten(1, self.atoms.shape[1:]).unbind(0)
+            coefficients = self.layer_coefficients()
+            assembled = (coefficients if layer is None else coefficients[layer]) @ self.atoms.flatten(1)
+        assembled = assembled.unflatten(-1, self.atoms.shape[1:])
+        return assembled.unbind(0) if layer is None else assembled
 
 
 class DepthSharing(nn.ModuleDict):
     """All shared matrices of a model by their names in the scheme (`Scheme.matrices`), and "o" for the output."""
 
     def __init__(self, config):
-        super().__init__({name: SharedMatrix(config, width) for name, width in config.shared_widths.items()})
+        layers, size = config.num_hidden_layers, config.hidden_size
+        super().__init__(
+            {name: SharedMatrix(config, layers, width, size) for name, width in config.shared_widths.items()}
+        )
         self.config = config
         self.mode_changes = 0
 

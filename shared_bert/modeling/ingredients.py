@@ -1,7 +1,7 @@
 """The ingredients of schemes: what they have in addition to matrices and roles.
 
 An ingredient defines its parameters: shapes, initialisation, folding, multiplying out, and how they change when a head
-is rotated or moved. The parameters themselves are `SelfAttention`'s, under the names given by `shapes`.
+is rotated or moved. The parameters themselves belong to a layer's attention, under the names given by `shapes`.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ class Ingredient:
     words = ""  # for a model card
     can_turn = True  # whether the query and key of a head, or its value and output, may be rotated together
 
-    def shapes(self, config) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each parameter of a layer, by its name in `SelfAttention`."""
+    def shapes(self, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter of a layer, by its name."""
         return {}
 
-    def init_weights(self, attention: nn.Module):
-        """Start the parameters in `attention`; loaded ones are left alone."""
+    def init_weights(self, parameters: Parameters, config):
+        """Start the parameters as `config.diagonal_init_std` or `pairwise_init` say; loaded ones are left alone."""
 
     def fold_query(self, attention: nn.Module, query: torch.Tensor) -> torch.Tensor:
         """Return the query [batch, heads, seq, head_dim] that gives the scheme's logits with the unchanged key."""
@@ -34,9 +34,9 @@ class Ingredient:
         """Return the context [batch, seq, hidden] of the scheme's value, from that of the unchanged value."""
         return context
 
-    def multiply_out(self, parameters: Parameters, query, key, value) -> tuple[torch.Tensor, ...]:
-        """Return the roles as the paper defines them; each is [hidden, n], one row per channel."""
-        return query, key, value
+    def multiply_out(self, parameters: Parameters, role: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return the "query", "key" or "value" as the paper defines it, from [hidden, n], one row per channel."""
+        return rows
 
     def turn(self, parameters: Parameters, turn: torch.Tensor) -> Parameters:
         """Return the parameters for heads whose query and key are rotated by `turn` [heads, head_dim, head_dim]."""
@@ -57,12 +57,12 @@ class Diagonals(Ingredient):
     words = "diagonals scale the channels of each role"
     can_turn = False  # each channel has its own weight
 
-    def shapes(self, config):
-        return dict.fromkeys(("query_diagonal", "key_diagonal", "value_diagonal"), (config.hidden_size,))
+    def shapes(self, heads, head_dim):
+        return dict.fromkeys(("query_diagonal", "key_diagonal", "value_diagonal"), (heads * head_dim,))
 
-    def init_weights(self, attention):
-        for name in self.shapes(attention.config):
-            init.normal_(getattr(attention, name), mean=1.0, std=attention.config.diagonal_init_std)
+    def init_weights(self, parameters, config):
+        for parameter in parameters.values():
+            init.normal_(parameter, mean=1.0, std=config.diagonal_init_std)
 
     def fold_query(self, attention, query):
         diagonal = (attention.query_diagonal * attention.key_diagonal).to(query.dtype)
@@ -71,11 +71,8 @@ class Diagonals(Ingredient):
     def fold_context(self, attention, context):
         return context * attention.value_diagonal.to(context.dtype)
 
-    def multiply_out(self, parameters, query, key, value):
-        return tuple(
-            parameters[f"{name}_diagonal"][:, None] * role
-            for name, role in (("query", query), ("key", key), ("value", value))
-        )
+    def multiply_out(self, parameters, role, rows):
+        return parameters[f"{role}_diagonal"][:, None] * rows
 
     def reorder(self, parameters, order):
         return {name: p.unflatten(0, (len(order), -1))[order].flatten() for name, p in parameters.items()}
@@ -89,22 +86,24 @@ class Pairwise(Ingredient):
 
     words = "a matrix per head stands between query and key"
 
-    def shapes(self, config):
-        heads = config.num_attention_heads
-        return {"pairwise": (heads, config.hidden_size // heads, config.hidden_size // heads)}
+    def shapes(self, heads, head_dim):
+        return {"pairwise": (heads, head_dim, head_dim)}
 
-    def init_weights(self, attention):
-        if attention.config.pairwise_init == "normal":
-            init.normal_(attention.pairwise)
+    def init_weights(self, parameters, config):
+        pairwise = parameters["pairwise"]
+        if config.pairwise_init == "normal":
+            init.normal_(pairwise)
         else:
-            init.copy_(attention.pairwise, torch.eye(attention.head_dim).expand_as(attention.pairwise))
+            init.copy_(pairwise, torch.eye(pairwise.shape[-1]).expand_as(pairwise))
 
     def fold_query(self, attention, query):
         return query @ attention.pairwise.transpose(1, 2).to(query.dtype)
 
-    def multiply_out(self, parameters, query, key, value):
-        heads = key.unflatten(0, parameters["pairwise"].shape[:2])
-        return query, (parameters["pairwise"].mT @ heads).flatten(0, 1), value
+    def multiply_out(self, parameters, role, rows):
+        if role != "key":
+            return rows
+        heads = rows.unflatten(0, parameters["pairwise"].shape[:2])
+        return (parameters["pairwise"].mT @ heads).flatten(0, 1)
 
     def turn(self, parameters, turn):
         return {"pairwise": turn.mT @ parameters["pairwise"] @ turn}

@@ -1,0 +1,7 @@
+"""Sharing in any stock model of transformers."""
+
+from .share import SharingReport, share
+from .sharing_config import SharingConfig
+from .targets import ATTENTION_NAMES, AttentionNames
+
+__all__ = ["ATTENTION_NAMES", "AttentionNames", "SharingConfig", "SharingReport", "share"]

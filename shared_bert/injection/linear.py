@@ -1,0 +1,128 @@
+"""Linear maps that make their matrices when they are called: from shared ones, or from those of another role.
+
+They are `nn.Linear`s without a parameter `weight`, so that PEFT and others find them and stock models initialise
+nothing of theirs.
+"""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..modeling.depth_sharing import SharedMatrix
+from ..modeling.projections import LowRankLinear
+
+
+def join_rows(parts: list[torch.Tensor], heads: int | None) -> torch.Tensor:
+    """Put matrices [width, in] one below the other, or head by head if their number is given."""
+    if len(parts) == 1:
+        return parts[0]
+    if heads is None:
+        return torch.cat(parts)
+    return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def split_rows(matrix: torch.Tensor, widths: list[int], heads: int | None) -> list[torch.Tensor]:
+    """Return the parts [width, …] that `join_rows` puts together."""
+    if heads is None:
+        return list(matrix.split(widths))
+    parts = matrix.unflatten(0, (heads, -1)).split([width // heads for width in widths], dim=1)
+    return [part.flatten(0, 1) for part in parts]
+
+
+class MadeTensor(torch.Tensor):
+    """A value that is made from parameters. Writing into it would change nothing."""
+
+    _is_hf_initialized = True  # transformers leaves such tensors as they are
+
+    @property
+    def data(self):
+        raise TypeError(
+            "this matrix is made from others and cannot be replaced: call dequantize() on the model first "
+            "(before adapters are added, if they are to be merged)"
+        )
+
+
+def made(value: torch.Tensor) -> torch.Tensor:
+    """Return a copy that says so if it is written into."""
+    return value.clone().as_subclass(MadeTensor)
+
+
+class MadeLinear(nn.Linear):
+    """A linear map whose matrix is the result of `matrix`.
+
+    Args:
+        replaced: the stock module in its place, an `nn.Linear` or a `Conv1D`.
+    """
+
+    def __init__(self, replaced: nn.Module):
+        nn.Module.__init__(self)
+        self.was_conv1d = isinstance(replaced, Conv1D)
+        if self.was_conv1d:
+            self.in_features, self.out_features = replaced.nx, replaced.nf
+        else:
+            self.in_features, self.out_features = replaced.in_features, replaced.out_features
+        self.had_bias = replaced.bias is not None
+
+    def matrix(self) -> torch.Tensor:
+        """Return the matrix [out, in]."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return made(self.matrix())
+
+    @torch.no_grad()
+    def multiplied_out(self) -> nn.Module:
+        """Return the stock module with this matrix."""
+        weight = self.matrix()
+        options = {"device": weight.device, "dtype": weight.dtype}
+        if self.was_conv1d:
+            stock = Conv1D(self.out_features, self.in_features).to(**options)
+            weight = weight.T
+        else:
+            stock = nn.Linear(self.in_features, self.out_features, bias=self.had_bias, **options)
+        stock.weight.copy_(weight)
+        if stock.bias is not None:
+            stock.bias.copy_(self.bias) if self.bias is not None else stock.bias.zero_()
+        return stock.train(self.training)
+
+
+class SharedWeightLinear(MadeLinear):
+    """A linear map whose matrix comes from matrices that layers share, and factors of its own.
+
+    Args:
+        dictionaries: the shared matrices whose results lie one below the other. They belong to the model; none if the
+            matrix is only the product of its factors.
+        layer: the layer's number in them.
+        rank: of the factors' product; 0 for none.
+        heads: if the rows of the results alternate head by head, the number of heads.
+    """
+
+    def __init__(
+        self, replaced: nn.Module, dictionaries: list[SharedMatrix], layer: int, rank: int, heads: int | None
+    ):
+        super().__init__(replaced)
+        self.bias = replaced.bias
+        self.dictionaries = (dictionaries,)  # in a tuple, nn.Module does not take them for its own
+        self.layer = layer
+        self.heads = heads
+        self.factors = None
+        if rank or not dictionaries:
+            self.factors = LowRankLinear(
+                self.in_features, [self.out_features], [rank], bias=False, starts_at_zero=bool(dictionaries)
+            ).to(replaced.weight)
+
+    def shared_matrix(self) -> torch.Tensor:
+        return join_rows([matrix(self.layer) for matrix in self.dictionaries[0]], self.heads)
+
+    def matrix(self):
+        weight = 0 if self.factors is None else self.factors.double_weight().to(self.factors.down.dtype)
+        return weight + self.shared_matrix() if self.dictionaries[0] else weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not self.dictionaries[0]:
+            result = self.factors(inputs)
+            return result if self.bias is None else result + self.bias
+        weight = self.shared_matrix().to(inputs.device)  # with device_map="auto" it may lie on another one
+        result = nn.functional.linear(inputs, weight, self.bias)
+        return result if self.factors is None else result + self.factors(inputs)
