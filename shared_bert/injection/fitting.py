@@ -10,7 +10,7 @@ from ..conversion.dense import Affine, DenseAttention, SchemeLayer, repeat_heads
 from ..conversion.depth_fitting import DictionaryGroups, Factors, fit_atoms, low_rank_factors
 from ..conversion.fitting import Metric, fit_scheme
 from ..modeling import SCHEMES, Scheme
-from .linear import join_rows, split_rows
+from .linear import MadeLinear, join_rows, split_rows
 from .sharing_config import SharingConfig
 
 
@@ -43,14 +43,14 @@ class HeadShape:
 
 
 def read_affine(linear: nn.Module) -> Affine:
-    """Return the map of an `nn.Linear` or a `Conv1D` in float64; a missing bias is zeros."""
-    weight = linear.weight.double()
+    """Return the map of an `nn.Linear`, a `Conv1D`, or what stands for one, in float64; a missing bias is zeros."""
+    weight = (linear.map.matrix() if isinstance(linear, MadeLinear) else linear.weight).double()
     weight = weight.T if isinstance(linear, Conv1D) else weight
     return Affine(weight, torch.zeros_like(weight[:, 0]) if linear.bias is None else linear.bias.double())
 
 
 def write_affine(linear: nn.Module, affine: Affine):
-    """Set the map of an `nn.Linear` or a `Conv1D`."""
+    """Set the map of an `nn.Linear`, a `Conv1D` or an `OwnMap`."""
     linear.weight.copy_(affine.weight.T if isinstance(linear, Conv1D) else affine.weight)
     if linear.bias is not None:
         linear.bias.copy_(affine.bias)

@@ -1,7 +1,7 @@
-"""Linear maps that make their matrices when they are called: from shared ones, or from those of another role.
+"""Linear maps that make their matrices when they are called.
 
-They are `nn.Linear`s without a parameter `weight`, so that PEFT and others find them and stock models initialise
-nothing of theirs.
+`MadeLinear` stands in the stock module's place. It is an `nn.Linear`, so that PEFT and others find it, but has no
+parameters: these belong to the map within, which is an `OwnMap` or a `SharedMap`.
 """
 
 import torch
@@ -47,50 +47,33 @@ def made(value: torch.Tensor) -> torch.Tensor:
     return value.clone().as_subclass(MadeTensor)
 
 
-class MadeLinear(nn.Linear):
-    """A linear map whose matrix is the result of `matrix`.
+class OwnMap(nn.Module):
+    """The matrix and the bias of a stock module.
 
     Args:
-        replaced: the stock module in its place, an `nn.Linear` or a `Conv1D`.
+        replaced: an `nn.Linear` or a `Conv1D`.
     """
 
     def __init__(self, replaced: nn.Module):
-        nn.Module.__init__(self)
-        self.was_conv1d = isinstance(replaced, Conv1D)
-        if self.was_conv1d:
-            self.in_features, self.out_features = replaced.nx, replaced.nf
-        else:
-            self.in_features, self.out_features = replaced.in_features, replaced.out_features
-        self.had_bias = replaced.bias is not None
+        super().__init__()
+        self.weight = replaced.weight
+        if isinstance(replaced, Conv1D):
+            self.weight = nn.Parameter(replaced.weight.T.contiguous())
+        self.bias = replaced.bias
 
     def matrix(self) -> torch.Tensor:
         """Return the matrix [out, in]."""
-        raise NotImplementedError
+        return self.weight
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return made(self.matrix())
-
-    @torch.no_grad()
-    def multiplied_out(self) -> nn.Module:
-        """Return the stock module with this matrix."""
-        weight = self.matrix()
-        options = {"device": weight.device, "dtype": weight.dtype}
-        if self.was_conv1d:
-            stock = Conv1D(self.out_features, self.in_features).to(**options)
-            weight = weight.T
-        else:
-            stock = nn.Linear(self.in_features, self.out_features, bias=self.had_bias, **options)
-        stock.weight.copy_(weight)
-        if stock.bias is not None:
-            stock.bias.copy_(self.bias) if self.bias is not None else stock.bias.zero_()
-        return stock.train(self.training)
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(inputs, self.weight, self.bias)
 
 
-class SharedWeightLinear(MadeLinear):
+class SharedMap(nn.Module):
     """A linear map whose matrix comes from matrices that layers share, and factors of its own.
 
     Args:
+        replaced: the stock module in its place, whose bias it keeps.
         dictionaries: the shared matrices whose results lie one below the other. They belong to the model; none if the
             matrix is only the product of its factors.
         layer: the layer's number in them.
@@ -101,21 +84,23 @@ class SharedWeightLinear(MadeLinear):
     def __init__(
         self, replaced: nn.Module, dictionaries: list[SharedMatrix], layer: int, rank: int, heads: int | None
     ):
-        super().__init__(replaced)
+        super().__init__()
         self.bias = replaced.bias
         self.dictionaries = (dictionaries,)  # in a tuple, nn.Module does not take them for its own
         self.layer = layer
         self.heads = heads
         self.factors = None
         if rank or not dictionaries:
+            out_features, in_features = features(replaced)
             self.factors = LowRankLinear(
-                self.in_features, [self.out_features], [rank], bias=False, starts_at_zero=bool(dictionaries)
+                in_features, [out_features], [rank], bias=False, starts_at_zero=bool(dictionaries)
             ).to(replaced.weight)
 
     def shared_matrix(self) -> torch.Tensor:
         return join_rows([matrix(self.layer) for matrix in self.dictionaries[0]], self.heads)
 
-    def matrix(self):
+    def matrix(self) -> torch.Tensor:
+        """Return the matrix [out, in]."""
         weight = 0 if self.factors is None else self.factors.double_weight().to(self.factors.down.dtype)
         return weight + self.shared_matrix() if self.dictionaries[0] else weight
 
@@ -126,3 +111,59 @@ class SharedWeightLinear(MadeLinear):
         weight = self.shared_matrix().to(inputs.device)  # with device_map="auto" it may lie on another one
         result = nn.functional.linear(inputs, weight, self.bias)
         return result if self.factors is None else result + self.factors(inputs)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """Return the numbers of output and input channels of an `nn.Linear` or a `Conv1D`."""
+    return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
+
+
+class MadeLinear(nn.Linear):
+    """A map in the place of a stock linear map.
+
+    Args:
+        replaced: the stock module, an `nn.Linear` or a `Conv1D`.
+        map: what it computes.
+    """
+
+    def __init__(self, replaced: nn.Module, map: nn.Module | None):
+        nn.Module.__init__(self)
+        self.was_conv1d = isinstance(replaced, Conv1D)
+        self.out_features, self.in_features = features(replaced)
+        self.had_bias = replaced.bias is not None
+        self.map = map
+
+    def matrix(self) -> torch.Tensor:
+        """Return the matrix [out, in]."""
+        return self.map.matrix()
+
+    def vector(self) -> torch.Tensor | None:
+        """Return the bias [out], or None."""
+        return self.map.bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return made(self.matrix())
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        vector = self.vector()
+        return None if vector is None else made(vector)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.map(inputs)
+
+    @torch.no_grad()
+    def multiplied_out(self) -> nn.Module:
+        """Return the stock module with this matrix."""
+        weight, bias = self.matrix(), self.vector()
+        options = {"device": weight.device, "dtype": weight.dtype}
+        if self.was_conv1d:
+            stock = Conv1D(self.out_features, self.in_features).to(**options)
+            weight = weight.T
+        else:
+            stock = nn.Linear(self.in_features, self.out_features, bias=self.had_bias, **options)
+        stock.weight.copy_(weight)
+        if stock.bias is not None:
+            stock.bias.copy_(bias) if bias is not None else stock.bias.zero_()
+        return stock.train(self.training)

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import register_quantizer
 
 from ..modeling.depth_sharing import SharedMatrix
 from ..modeling.projections import LowRankLinear
+from .linear import OwnMap, SharedMap
 from .roles import IngredientParameters
 from .sharing_config import METHOD
 from .swap import inject, multiply_out
@@ -51,7 +52,7 @@ class SharingQuantizer(HfQuantizer):
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules with parameters that stock models do not have."""
-    kinds = SharedMatrix | LowRankLinear | IngredientParameters
+    kinds = OwnMap | SharedMap | SharedMatrix | LowRankLinear | IngredientParameters
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 

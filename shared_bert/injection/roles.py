@@ -10,7 +10,7 @@ from torch import nn
 
 from ..modeling.ingredients import Ingredient
 from ..modeling.schemes import Scheme
-from .linear import MadeLinear, made
+from .linear import MadeLinear
 
 ROLES = ("query", "key", "value")
 
@@ -34,6 +34,7 @@ class Role(MadeLinear):
         role: "query", "key" or "value".
         scheme: of the attention.
         replaced: the stock module in its place.
+        map: the role's matrix, where no other role has it.
         source: the role that has the matrix; None for this one.
         ingredient: the parameters of the scheme's ingredient, where this role has them.
     """
@@ -43,34 +44,39 @@ class Role(MadeLinear):
         role: str,
         scheme: Scheme,
         replaced: nn.Module,
+        map: nn.Module | None,
         source: "Role | None" = None,
         ingredient: IngredientParameters | None = None,
     ):
-        super().__init__(replaced)
+        super().__init__(replaced, map)
         self.role = role
         self.scheme = scheme
         self.is_input = getattr(scheme, role) == "x"
         # In a tuple, nn.Module does not take another role for a part of this one.
         self.source = (self if source is None else source,)
-        self.linear = None if source is not None or self.is_input else replaced
         self.ingredient = ingredient
         self.readers = {name for name in ROLES if getattr(scheme, name) == getattr(scheme, role)}
         self.kept = None  # the product of this forward, until all readers have it
+
+    @property
+    def scale(self) -> float:
+        # A factor on the logits is one on the query. (Where the query is normed afterwards it has no effect.)
+        return self.scheme.scale if self.role == "query" else 1.0
 
     def product(self, inputs: torch.Tensor, reader: str) -> torch.Tensor:
         """Return the matrix's result, computed for the first of its readers."""
         if self.kept is not None and self.kept[0] is inputs and reader in self.kept[2]:
             _, product, waiting = self.kept
         else:
-            product, waiting = self.linear(inputs), self.readers
+            product, waiting = self.map(inputs), self.readers
         waiting = waiting - {reader}
         self.kept = (inputs, product, waiting) if waiting else None
         return product
 
     def multiply_out(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the role from [out, n] results of its matrix, a row per channel."""
-        parameters = None if self.source[0].ingredient is None else self.source[0].ingredient()
-        return self.scheme.ingredient.multiply_out(parameters, self.role, rows)
+        ingredient = self.source[0].ingredient
+        return self.scheme.ingredient.multiply_out(None if ingredient is None else ingredient(), self.role, rows)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.is_input:
@@ -84,18 +90,12 @@ class Role(MadeLinear):
             return product
         return self.multiply_out(product.flatten(0, -2).T).T.unflatten(0, product.shape[:-1]).to(product.dtype)
 
-    @property
-    def scale(self) -> float:
-        # A factor on the logits is one on the query. (Where the query is normed afterwards it has no effect.)
-        return self.scheme.scale if self.role == "query" else 1.0
-
     def matrix(self):
         if self.is_input:
             return self.scale * torch.eye(self.out_features).to(self.like)
-        return self.multiply_out(self.source[0].linear.weight.as_subclass(torch.Tensor))
+        return self.multiply_out(self.source[0].map.matrix())
 
-    @property
-    def bias(self) -> torch.Tensor | None:
-        if self.is_input or self.source[0].linear.bias is None:
+    def vector(self):
+        if self.is_input or self.source[0].map.bias is None:
             return None
-        return made(self.multiply_out(self.source[0].linear.bias[:, None])[:, 0])
+        return self.multiply_out(self.source[0].map.bias[:, None])[:, 0]

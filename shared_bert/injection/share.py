@@ -22,7 +22,7 @@ from ..modeling.loading import check_loaded
 from .calibration import autocorrelations, drift
 from .fitting import fit_depth, fit_roles, read_affine, write_affine
 from .quantizer import SharingQuantizer, own_modules
-from .roles import ROLES, IngredientParameters, Role
+from .roles import ROLES, IngredientParameters
 from .sharing_config import SharingConfig
 from .swap import inject, row_parts
 from .targets import find_attention, find_targets, is_cross_attention, layer_names, linear_maps
@@ -278,21 +278,15 @@ def _initialize(
         names = layer_names(linear_maps(base), target)
         std = float(torch.stack([base.get_submodule(name).weight.float().std() for name in names]).mean())
         for name in names:
-            linear = _linear(result.base_model, name)
-            if linear.factors is not None:
-                linear.factors.init_weights(std)
-        for matrix in linear.dictionaries[0]:
+            shared_map = result.base_model.get_submodule(name).map
+            if shared_map.factors is not None:
+                shared_map.factors.init_weights(std)
+        for matrix in shared_map.dictionaries[0]:
             matrix.init_weights(std)
     start = SimpleNamespace(pairwise_init=pairwise_init, diagonal_init_std=diagonal_init_std)
     for module in result.modules():
         if isinstance(module, IngredientParameters):
             config.scheme.ingredient.init_weights(module(), start)
-
-
-def _linear(base: nn.Module, name: str) -> nn.Module:
-    """Return the linear map that stands for the stock model's `name`."""
-    module = base.get_submodule(name)
-    return module.linear if isinstance(module, Role) else module
 
 
 def _with_scheme(model: PreTrainedModel, config: SharingConfig, batches: Batches | None) -> PreTrainedModel:
@@ -319,8 +313,8 @@ def _with_scheme(model: PreTrainedModel, config: SharingConfig, batches: Batches
             )
             for role in ROLES:
                 module = result.base_model.get_submodule(of_layer[role])
-                if module.linear is not None:
-                    write_affine(module.linear, fit.matrices[getattr(config.scheme, role)])
+                if module.map is not None:
+                    write_affine(module.map, fit.matrices[getattr(config.scheme, role)])
                 if module.ingredient is not None:
                     for name, parameter in module.ingredient().items():
                         parameter.copy_(fit.ingredient[name])
@@ -344,7 +338,7 @@ class _Depth:
         maps = linear_maps(base)
         self.names = {target: layer_names(maps, target) for target in config.targets}
         self.weights = {
-            target: [read_affine(_linear(base, name)).weight for name in names] for target, names in self.names.items()
+            target: [read_affine(maps[name]).weight for name in names] for target, names in self.names.items()
         }
         self.inputs = self._inputs(batches)
         self.groups, self.fits = {}, {}
@@ -395,10 +389,10 @@ class _Depth:
         copy_common(self.separate, result)
         for target, fit in self.fits.items():
             for layer, name in enumerate(self.names[target]):
-                linear = _linear(result.base_model, name)
-                if linear.factors is not None:
-                    write_low_rank(linear.factors, [fit.factors[layer]])
-            for matrix, (atoms, coefficients) in zip(linear.dictionaries[0], fit.shared, strict=True):
+                shared_map = result.base_model.get_submodule(name).map
+                if shared_map.factors is not None:
+                    write_low_rank(shared_map.factors, [fit.factors[layer]])
+            for matrix, (atoms, coefficients) in zip(shared_map.dictionaries[0], fit.shared, strict=True):
                 matrix.atoms.copy_(atoms)
                 if self.config.depth_sharing == "masa":
                     matrix.coefficients.copy_(coefficients)
@@ -409,7 +403,7 @@ class _Depth:
         for target, weights in self.weights.items():
             errors[target] = []
             for layer, weight in enumerate(weights):
-                lost = read_affine(_linear(result.base_model, self.names[target][layer])).weight - weight
+                lost = read_affine(result.base_model.get_submodule(self.names[target][layer])).weight - weight
                 if target in self.inputs:
                     root = Metric.of(self.inputs[target][layer]).root
                     lost, weight = lost @ root, weight @ root

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..modeling.configuration_shared_attention import check_sizes
 from ..modeling.depth_sharing import SharedMatrix
-from .linear import MadeLinear, SharedWeightLinear
+from .linear import MadeLinear, OwnMap, SharedMap, features
 from .roles import ROLES, IngredientParameters, Role
 from .sharing_config import SharingConfig
 from .targets import is_cross_attention, layer_names, linear_maps
@@ -45,7 +45,7 @@ def _share_depth(base: nn.Module, maps: dict[str, nn.Module], config: SharingCon
     if len(shapes) > 1:
         raise ValueError(f"the matrices of {target} have different shapes and cannot share: {sorted(shapes)}")
     widths, heads = row_parts(maps, config, target)
-    size = MadeLinear(replaced[0]).in_features
+    size = features(replaced[0])[1]
     sizes = {name: getattr(config, name) for name in ("num_atoms", "num_groups", "rank", "layer_ranks")}
     limits = {f"the layers of {target}": len(names), f"the width of {target}": max(*widths, size)}
     check_sizes(config.depth_sharing, sizes, limits)
@@ -58,18 +58,19 @@ def _share_depth(base: nn.Module, maps: dict[str, nn.Module], config: SharingCon
         for name, matrix in zip(_dictionary_names(config, target), dictionaries, strict=True):
             shared[name] = matrix
     for layer, (name, rank) in enumerate(zip(names, config.ranks(target, len(names)), strict=True)):
-        maps[name] = SharedWeightLinear(replaced[layer], dictionaries, layer, rank, heads)
+        shared_map = SharedMap(replaced[layer], dictionaries, layer, rank, heads)
+        maps[name] = MadeLinear(replaced[layer], shared_map)
         base.set_submodule(name, maps[name])
 
 
 def row_parts(maps: dict[str, nn.Module], config: SharingConfig, target: str) -> tuple[list[int], int | None]:
     """Return the widths of the matrices of a target, which are three if it is fused, and its heads if by head."""
-    linear = MadeLinear(maps[layer_names(maps, target)[0]])
+    out_features, _ = features(maps[layer_names(maps, target)[0]])
     stack = next((stack for stack in config.attention if stack.get("fused") == target), None)
     if stack is None:
-        return [linear.out_features], None
-    query = MadeLinear(maps[layer_names(maps, stack["output"])[0]]).in_features
-    widths = [query, *[(linear.out_features - query) // 2] * 2]
+        return [out_features], None
+    _, query = features(maps[layer_names(maps, stack["output"])[0]])
+    widths = [query, *[(out_features - query) // 2] * 2]
     return widths, stack["heads"] if stack["by_head"] else None
 
 
@@ -108,33 +109,32 @@ def _share_roles(base: nn.Module, maps: dict[str, nn.Module], config: SharingCon
         made: dict[str, Role] = {}  # the first role of each matrix
         for role, name in names.items():
             replaced, matrix = maps[name], getattr(scheme, role)
-            linear = MadeLinear(replaced)
+            out_features, in_features = features(replaced)
             source = made.get(matrix)
-            channels = linear.in_features if matrix == "x" else (source or linear).out_features
-            if linear.out_features != channels:
+            channels = in_features if matrix == "x" else (source or replaced).out_features
+            if out_features != channels:
                 raise ValueError(
-                    f"attention_scheme={config.attention_scheme!r}: the {role} of {name} has {linear.out_features} "
-                    f"channels, and what it is made from has {channels}"
+                    f"attention_scheme={config.attention_scheme!r}: the {role} of {name} has {out_features} channels, "
+                    f"and what it is made from has {channels}"
                 )
+            own_map = ingredient = None
             like = torch.empty(0, device=base.device, dtype=base.dtype)
-            ingredient = None
-            if source is None and matrix == scheme.query and scheme.ingredient.shapes(1, 1):
-                heads = stack["heads"]
-                ingredient = IngredientParameters(scheme.ingredient, heads, linear.out_features // heads).to(like)
-            maps[name] = Role(role, scheme, replaced, source, ingredient)
+            if matrix != "x" and source is None:
+                own_map = replaced.map if isinstance(replaced, MadeLinear) else OwnMap(replaced)
+                if matrix == scheme.query and scheme.ingredient.shapes(1, 1):
+                    heads = stack["heads"]
+                    ingredient = IngredientParameters(scheme.ingredient, heads, out_features // heads).to(like)
+            maps[name] = Role(role, scheme, replaced, own_map, source, ingredient)
             if matrix == "x":
                 maps[name].register_buffer("like", like, persistent=False)  # it follows the model's device and dtype
-            if matrix != "x":
+            else:
                 made.setdefault(matrix, maps[name])
             base.set_submodule(name, maps[name])
 
 
 def multiply_out(model: PreTrainedModel):
     """Swap everything that shares in a model for stock modules with the matrices it makes."""
-    made = {name: module for name, module in model.named_modules() if isinstance(module, MadeLinear)}
-    # A role may hold the linear map that it reads, which goes with it.
-    outer = {name: module for name, module in made.items() if name.rpartition(".")[0] not in made}
-    stock = {name: module.multiplied_out() for name, module in outer.items()}
+    stock = {name: m.multiplied_out() for name, m in model.named_modules() if isinstance(m, MadeLinear)}
     for name, module in stock.items():
         model.set_submodule(name, module)
     for module in list(model.modules()):
