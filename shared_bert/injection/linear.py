@@ -32,8 +32,6 @@ def split_rows(matrix: torch.Tensor, widths: list[int], heads: int | None) -> li
 class MadeTensor(torch.Tensor):
     """A value that is made from parameters. Writing into it would change nothing."""
 
-    _is_hf_initialized = True  # transformers leaves such tensors as they are
-
     @property
     def data(self):
         raise TypeError(
@@ -125,6 +123,8 @@ class MadeLinear(nn.Linear):
         replaced: the stock module, an `nn.Linear` or a `Conv1D`.
         map: what it computes.
     """
+
+    _is_hf_initialized = True  # stock models would initialise its weight
 
     def __init__(self, replaced: nn.Module, map: nn.Module | None):
         nn.Module.__init__(self)
