@@ -89,7 +89,7 @@ def joined(heads: torch.Tensor, bias: torch.Tensor | None = None) -> Affine:
     return Affine(weight, torch.zeros_like(weight[:, 0]) if bias is None else bias.flatten())
 
 
-def _output(heads: Heads, output: torch.Tensor, value_bias: torch.Tensor | None = None) -> Affine:
+def output_of(heads: Heads, output: torch.Tensor, value_bias: torch.Tensor | None = None) -> Affine:
     """Return the output's map, with the bias that gives the old result for constant values.
 
     The weights of attention sum to one, so a value's bias passes through it as it is.
@@ -230,9 +230,9 @@ def _fit_standard(heads: Heads, metric: Metric, config) -> SchemeLayer:
 
 def _value(heads: Heads, metric: Metric, groups: int = 1) -> dict[str, Affine]:
     if groups == 1:
-        return {"v": joined(heads.value, heads.value_bias), "o": _output(heads, heads.output, heads.value_bias)}
+        return {"v": joined(heads.value, heads.value_bias), "o": output_of(heads, heads.output, heads.value_bias)}
     new, (inside,) = _serve_groups(metric, groups, (heads.value, heads.output.mT))
-    return {"v": joined(new), "o": _output(heads, inside @ heads.output)}
+    return {"v": joined(new), "o": output_of(heads, inside @ heads.output)}
 
 
 def _fit_symmetric(heads: Heads, metric: Metric, config) -> SchemeLayer:
@@ -278,7 +278,7 @@ def _fit_shared(heads: Heads, metric: Metric, config) -> SchemeLayer:
     weights = norm * eigenvalues[:, None] / size**2  # of the channels in the logits: d_q·d_k, or ones
     bias = _query_bias(heads, metric, new * weights)
     output = subspace.mT @ value @ heads.output / size.mT
-    matrices = {"s": joined(new, bias), "o": _output(heads, output, bias)}
+    matrices = {"s": joined(new, bias), "o": output_of(heads, output, bias)}
     if not has_diagonals:
         return SchemeLayer(matrices)
     root = weights.abs().sqrt()
@@ -292,7 +292,7 @@ def _fit_shared_kv(heads: Heads, metric: Metric, config) -> SchemeLayer:
     new, (key, value) = _serve_groups(metric, groups, *products)
     bias = _query_bias(heads, metric, new.repeat_interleave(groups, 0))
     query = joined(heads.query @ key.mT, bias)
-    return SchemeLayer({"q": query, "k": joined(new), "o": _output(heads, value @ heads.output)})
+    return SchemeLayer({"q": query, "k": joined(new), "o": output_of(heads, value @ heads.output)})
 
 
 def _slices(metric: Metric, number: int) -> torch.Tensor:
@@ -330,7 +330,7 @@ def _fit_value_free(heads: Heads, metric: Metric, config) -> SchemeLayer:
         {
             "q": joined(heads.query, heads.query_bias),
             "k": joined(heads.key, heads.key_bias),
-            "o": _output(heads, value @ heads.output),
+            "o": output_of(heads, value @ heads.output),
         }
     )
 

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .linear import features
+
 _FINAL_NORMS = (
     "norm",
     "final_layer_norm",
@@ -45,7 +47,7 @@ def autocorrelations(
         for batch in _on_device(model, batches):
             model(**batch)
     for name in names:
-        size = base.get_submodule(name).in_features
+        _, size = features(base.get_submodule(name))
         if counts.get(name, 0) < size:
             raise ValueError(f"calibration gives {name} {counts.get(name, 0)} inputs of {size} channels: give more")
     return {name: total / counts[name] for name, total in sums.items()}

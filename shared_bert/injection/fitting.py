@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from ..conversion.dense import Affine, DenseAttention, SchemeLayer, repeat_heads
 from ..conversion.depth_fitting import DictionaryGroups, Factors, fit_atoms, low_rank_factors
 from ..conversion.fitting import Metric, fit_scheme
+from ..conversion.rotary_fitting import fit_rotary_scheme
 from ..modeling import SCHEMES, Scheme
 from .linear import MadeLinear, join_rows, split_rows
 from .sharing_config import SharingConfig
@@ -50,10 +51,16 @@ def read_affine(linear: nn.Module) -> Affine:
 
 
 def write_affine(linear: nn.Module, affine: Affine):
-    """Set the map of an `nn.Linear`, a `Conv1D` or an `OwnMap`."""
+    """Set the map of an `nn.Linear`, a `Conv1D` or an `OwnMap`.
+
+    Raises:
+        ValueError: the map needs a bias that the module does not have.
+    """
     linear.weight.copy_(affine.weight.T if isinstance(linear, Conv1D) else affine.weight)
     if linear.bias is not None:
         linear.bias.copy_(affine.bias)
+    elif affine.bias.any():
+        raise ValueError("the fitted matrix needs a bias, which this architecture does not have in its place")
 
 
 def fit_depth(
@@ -102,9 +109,15 @@ def dense_attention(roles: list[Affine], output: Affine, heads: int) -> DenseAtt
 
 
 def fit_roles(
-    roles: list[Affine], output: Affine, attention_scheme: str, heads: int, inputs: torch.Tensor | None
+    roles: list[Affine],
+    output: Affine,
+    attention_scheme: str,
+    heads: int,
+    inputs: torch.Tensor | None,
+    is_rotary: bool,
 ) -> SchemeLayer:
-    """Fit a scheme to a layer's query, key, value and output matrices; see `fit_scheme`."""
+    """Fit a scheme to a layer's query, key, value and output matrices; see `fit_scheme` and `fit_rotary_scheme`."""
     query, key, _ = roles
     shape = HeadShape(attention_scheme, heads, heads * len(key.weight) // len(query.weight))
-    return fit_scheme(dense_attention(roles, output, heads), shape, inputs)
+    fit = fit_rotary_scheme if is_rotary else fit_scheme
+    return fit(dense_attention(roles, output, heads), shape, inputs)

@@ -310,6 +310,7 @@ def _with_scheme(model: PreTrainedModel, config: SharingConfig, batches: Batches
                 config.attention_scheme,
                 stack["heads"],
                 None if inputs is None else inputs[query],
+                _is_rotary(base),
             )
             for role in ROLES:
                 module = result.base_model.get_submodule(of_layer[role])
@@ -411,16 +412,28 @@ class _Depth:
         return errors
 
 
-def _check_fit(base: nn.Module, config: SharingConfig):
-    """Raise a ValueError where the products of query and key are not all that attention takes from them."""
-    merges = config.attention_scheme != "value_free"
-    rotates = any("Rotary" in type(module).__name__ for module in base.modules()) or hasattr(base.config, "rotary_dim")
-    disentangled = any("Disentangled" in type(module).__name__ for module in base.modules())
-    if merges and (rotates or disentangled):
-        what = "rotates queries and keys" if rotates else "uses queries and keys for positions, too"
+def _is_rotary(base: PreTrainedModel) -> bool:
+    """Whether queries and keys are rotated by their position."""
+    return any("Rotary" in type(module).__name__ for module in base.modules())
+
+
+def _check_fit(base: PreTrainedModel, config: SharingConfig):
+    """Raise a ValueError where no fit of the scheme is known."""
+    if config.attention_scheme == "value_free":
+        return
+    names = {part for name, _ in base.named_modules() for part in name.split(".")}
+    partial = (getattr(base.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    reason = None
+    if {"q_norm", "k_norm", "q_layernorm", "query_layernorm"} & names:
+        reason = "norms its queries and keys"
+    elif hasattr(base.config, "rotary_dim") or partial != 1:
+        reason = "rotates a part of each head"
+    elif any("Disentangled" in type(module).__name__ for module in base.modules()):
+        reason = "uses queries and keys for positions, too"
+    if reason is not None:
         raise ValueError(
             f"attention_scheme={config.attention_scheme!r} cannot be fitted to a {base.config.model_type}, which "
-            f"{what}: start new matrices with initialize=True"
+            f"{reason}: start new matrices with initialize=True"
         )
 
 

@@ -13,7 +13,6 @@ from shared_bert.training.trainer import SafeTrainer
 
 from .architectures import ARCHITECTURES
 
-
 peft = pytest.importorskip("peft", reason="needs the package peft")
 # PEFT's own use of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

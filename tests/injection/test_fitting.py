@@ -1,0 +1,64 @@
+"""What `share` fits to a trained model is what conversion to this package's models fits."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+import shared_bert
+
+from .architectures import ARCHITECTURES, logits
+
+
+@pytest.fixture(scope="module")
+def bert():
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**ARCHITECTURES["bert"].fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases, too
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def batches():
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(3, 96, (4, 12), generator=generator) for _ in range(3)]
+    masks = [torch.ones_like(row) for row in rows]
+    masks[0][1, 7:] = 0
+    return [{"input_ids": row, "attention_mask": mask} for row, mask in zip(rows, masks, strict=True)]
+
+
+CASES = [
+    *({"attention_scheme": scheme} for scheme in shared_bert.SCHEMES if scheme != "standard"),
+    {"depth_sharing": "masa", "num_atoms": 2, "depth_shared_matrices": "qkvo"},
+    {"depth_sharing": "masa", "num_atoms": 2, "rank": 3, "spread_rank": True, "depth_shared_matrices": "qkvo"},
+    {"depth_sharing": "sequential", "num_groups": 2},
+    {"depth_sharing": "low_rank", "rank": 5, "depth_shared_matrices": "qkvo"},
+    {"attention_scheme": "shared_kv", "depth_sharing": "masa", "num_atoms": 2},
+]
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True])
+@pytest.mark.parametrize("options", CASES, ids=lambda options: ",".join(map(str, options.values())))
+def test_as_conversion_does(bert, batches, options, is_calibrated):
+    calibration = batches if is_calibrated else None
+    converted, _ = shared_bert.from_stock(bert, calibration=calibration, align=False, **options)
+    shared, report = shared_bert.share(bert, calibration=calibration, **options)
+    inputs = {"input_ids": batches[1]["input_ids"]}
+    # Of a scheme whose layers share, the inputs are measured on another model.
+    tolerance = 5e-3 if {"attention_scheme", "depth_sharing"} <= options.keys() else 1e-4
+    torch.testing.assert_close(logits(shared, inputs), logits(converted, inputs), rtol=1e-3, atol=tolerance)
+    assert shared.num_parameters() == report.total_after
+
+
+def test_conv1d_is_fitted_as_three_matrices(batches):
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=4, n_head=4, n_positions=64)).eval()
+    options = {"depth_sharing": "masa", "num_atoms": 2, "rank": 4, "calibration": batches}
+    converted, _ = shared_bert.from_stock(gpt2, align=False, depth_shared_matrices="qkvo", **options)
+    shared, _ = shared_bert.share(gpt2, targets=["c_attn", "attn.c_proj"], **options)
+    # Factors are of the whole fused matrix there, and of its three parts here.
+    for matrix, name in zip(converted.transformer.depth_sharing.values(), ("q0", "k0", "v0", "o0"), strict=True):
+        found = shared.transformer.shared_matrices[name]
+        made = [torch.einsum("ls,swd->lwd", m.coefficients, m.atoms) for m in (matrix, found)]
+        torch.testing.assert_close(*made, rtol=1e-3, atol=1e-5)
