@@ -37,7 +37,6 @@ class Family:
         fields: stock names of config fields, by ours; the first of several is read and all are written.
         standard: fields of ours that make a ``standard`` config stock.
         other_names: stock names of tensors outside the layers, by ours.
-        choice_models: the classes of ours that read several texts per row, [batch, choices, seq].
     """
 
     description: str
@@ -52,7 +51,6 @@ class Family:
     fields: dict[str, tuple[str, ...]]
     standard: dict[str, object]
     other_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    choice_models: tuple[type[PreTrainedModel], ...] = ()
 
     def to_stock_config(self, config: SharedAttentionConfig) -> PreTrainedConfig:
         """Return the stock config of the same shape."""
@@ -143,7 +141,6 @@ register(
         fields={name: (name,) for name in (*_SAME, "type_vocab_size")},
         standard={},
         other_names={"cls.predictions.decoder.bias": ("cls.predictions.decoder.bias", "cls.predictions.bias")},
-        choice_models=(modeling.SharedBertForMultipleChoice,),
     )
 )
 register(

@@ -106,7 +106,18 @@ def _on_device(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tens
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ValueError(f"a batch of calibration must be a mapping of the model's inputs, not a {type(batch)}")
+        largest = int(batch["input_ids"].max()) if "input_ids" in batch else -1
+        if largest >= _vocabulary(model):
+            raise ValueError(
+                f"calibration has the token {largest}, and the model's vocabulary {_vocabulary(model)} tokens: its text "
+                "is of another tokenizer"
+            )
         yield {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}
+
+
+def _vocabulary(model: PreTrainedModel) -> float:
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return torch.inf if size is None else size
 
 
 def _unmasked(name: str, states: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -83,15 +83,15 @@ class SharedMap(nn.Module):
         self, replaced: nn.Module, dictionaries: list[SharedMatrix], layer: int, rank: int, heads: int | None
     ):
         super().__init__()
+        self.out_features, self.in_features = features(replaced)
         self.bias = replaced.bias
         self.dictionaries = (dictionaries,)  # in a tuple, nn.Module does not take them for its own
         self.layer = layer
         self.heads = heads
         self.factors = None
         if rank or not dictionaries:
-            out_features, in_features = features(replaced)
             self.factors = LowRankLinear(
-                in_features, [out_features], [rank], bias=False, starts_at_zero=bool(dictionaries)
+                self.in_features, [self.out_features], [rank], bias=False, starts_at_zero=bool(dictionaries)
             ).to(replaced.weight)
 
     def shared_matrix(self) -> torch.Tensor:

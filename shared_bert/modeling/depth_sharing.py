@@ -197,13 +197,14 @@ def fix_coefficients(model: nn.Module):
     Raises:
         ValueError: weights are offloaded.
     """
-    if model.config.coefficient_source == "direct":
-        return
-    check_loaded(model)
-    for module in model.modules():
-        if isinstance(module, SharedMatrix):
-            module.fix_coefficients()
-    model.config.coefficient_source = "direct"
+    matrices = [module for module in model.modules() if isinstance(module, SharedMatrix)]
+    matrices = [matrix for matrix in matrices if matrix.config.coefficient_source == "network"]
+    if matrices:
+        check_loaded(model)
+    for matrix in matrices:
+        matrix.fix_coefficients()
+    for matrix in matrices:
+        matrix.config.coefficient_source = "direct"
 
 
 def make_depth_sharing(config) -> DepthSharing | None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..conversion.families import SHARED_CLASSES, STOCK_CLASSES, family_of
+from ..conversion.families import FAMILIES, SHARED_CLASSES, STOCK_CLASSES, family_of
 from ..conversion.stock import read_stock
 from ..data import collate_blocks
 from ..data.packing import PADDING
+from ..injection import SharingConfig
 from .arguments import DataArguments, PretrainingArguments
 from .run import run_training, starting_checkpoint
 from .text import block_datasets, check_streaming, describe_text, pack_documents, read_documents
@@ -34,7 +35,8 @@ def heal(
     trained: they read hidden states, which come closer to the teacher's.
 
     Args:
-        model: the student, one of the classes of `STOCK_CLASSES`.
+        model: the student: one of the classes of `STOCK_CLASSES`, or a stock model that shares (see `share`) and
+            reads text.
         teacher: the original: stock, or of this package. It is not changed.
         tokenizer: of both.
         data_args: the text; its fields about masks are ignored, since nothing is masked.
@@ -49,7 +51,7 @@ def heal(
         FloatingPointError: training diverged; names the step, the learning rate and the last good checkpoint.
         OSError: a full disk; names the last good checkpoint.
     """
-    if type(teacher) in SHARED_CLASSES:
+    if type(model) in STOCK_CLASSES and type(teacher) in SHARED_CLASSES:
         teacher = read_stock(teacher)
     checkpoint = starting_checkpoint(training_args)
     _check_pair(model, teacher)
@@ -72,7 +74,7 @@ def heal(
         save_more=save_more,
         **block_datasets(blocks),
     )
-    predicts_tokens = family_of(model.config).is_language_model(model)
+    predicts_tokens = _predicts_tokens(model)
     loss_name = "error of states + KL divergence (nats)" if predicts_tokens else "error of states"
     text = describe_text(data_args)
     metrics = run_training(trainer, checkpoint, "healing", text, data_args.block_size, loss_name=loss_name)
@@ -86,14 +88,16 @@ def heal(
 
 
 def _check_pair(model: PreTrainedModel, teacher: PreTrainedModel):
-    if type(model) not in STOCK_CLASSES:
-        raise ValueError(
-            f"{type(model).__name__} cannot be healed: give one of {', '.join(cls.__name__ for cls in STOCK_CLASSES)}"
-        )
+    shares = isinstance(getattr(model.config, "quantization_config", None), SharingConfig)
+    if type(model) not in STOCK_CLASSES and not shares:
+        names = ", ".join(cls.__name__ for cls in STOCK_CLASSES)
+        raise ValueError(f"{type(model).__name__} cannot be healed: give one of {names}, or a stock model that shares")
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} cannot be healed: it does not read plain text")
     if type(teacher) is not type(model):
         raise ValueError(f"a {type(teacher).__name__} cannot teach a {type(model).__name__}: their heads must agree")
     for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        mine, theirs = getattr(model.config, field), getattr(teacher.config, field)
+        mine, theirs = (getattr(side.config.get_text_config(), field) for side in (model, teacher))
         if mine != theirs:
             raise ValueError(f"the model has {field}={mine} and its teacher {theirs}: they must agree")
     if model.dtype != torch.float32:
@@ -107,13 +111,12 @@ def check_healing(
     training_args: PretrainingArguments,
 ):
     """Raise the ValueError of `heal` for invalid arguments, before any text is read."""
-    if len(tokenizer) > teacher.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={teacher.config.vocab_size}"
-        )
+    config = teacher.config.get_text_config()
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
     if (data_args.dataset_name is None) == (data_args.train_file is None):
         raise ValueError("healing needs text: give exactly one of dataset_name and train_file")
-    most = teacher.config.max_position_embeddings
+    most = getattr(config, "max_position_embeddings", data_args.block_size)
     if data_args.block_size > most:
         raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")
     check_streaming(data_args, training_args)
@@ -133,7 +136,7 @@ class HealingTrainer(TimedTrainer):
     The student is trained in eval mode, too: its targets are computed without dropout.
 
     Args:
-        teacher: a model of this package with the student's class, layers and hidden size.
+        teacher: a model of the student's class, layers and hidden size.
     """
 
     loss_is_scaled_for_ga = False  # the loss is the mean of one batch; Trainer averages accumulated ones
@@ -143,16 +146,19 @@ class HealingTrainer(TimedTrainer):
         self.teacher = teacher.to(self.args.device).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        family = family_of(self.model.config)
-        predicts_tokens = family.is_language_model(self.model)
+        predicts_tokens = _predicts_tokens(self.model)
         teacher = self.teacher if predicts_tokens else self.teacher.base_model
-        options = {"document_ids": inputs["document_ids"], "output_hidden_states": True}
+        options = {"output_hidden_states": True}
+        if self.model.config.model_type in FAMILIES:
+            options["document_ids"] = inputs["document_ids"]
+        else:  # stock models attend across the documents of a row, teacher and student alike
+            options["attention_mask"] = (inputs["document_ids"] != PADDING).long()
         if "use_cache" in self.model.config.__dataclass_fields__:
             options["use_cache"] = False
         with torch.no_grad(), self.accelerator.autocast():
             expected = teacher(inputs["input_ids"], **options)
         input_ids = inputs["input_ids"]
-        if type(self.model) in family.choice_models:
+        if _reads_choices(self.model):
             input_ids = input_ids.unsqueeze(1)  # one choice each
         outputs = model.eval()(input_ids, **options)
         is_text = inputs["document_ids"] != PADDING
@@ -164,9 +170,21 @@ class HealingTrainer(TimedTrainer):
             return self.compute_loss(model, inputs), None, None
 
 
+def _predicts_tokens(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are over the vocabulary."""
+    if model.config.model_type in FAMILIES:
+        return family_of(model.config).is_language_model(model)
+    return model.get_output_embeddings() is not None
+
+
+def _reads_choices(model: PreTrainedModel) -> bool:
+    """Whether the model reads several texts per row, [batch, choices, seq]."""
+    return type(model).__name__.endswith("ForMultipleChoice")
+
+
 def _parameters_without_gradient(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     """Return the parameters that the loss does not depend on: a pooler, and a head that is not over the vocabulary."""
-    if family_of(model.config).is_language_model(model):
+    if _predicts_tokens(model):
         return []
     used = {id(p) for name, p in model.base_model.named_parameters() if not name.startswith("pooler.")}
     return [parameter for parameter in model.parameters() if id(parameter) not in used]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import shared_bert
@@ -73,9 +74,11 @@ def restore_use_cache(config: PreTrainedConfig):
 def fix_saved_coefficients(folder: Path):
     """Replace the networks that make the coefficients of a saved model, if any, by these."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "coefficient_source", "direct") == "direct":
+    record = getattr(config, "quantization_config", None) or config.to_dict()  # of a stock model that shares
+    if record.get("coefficient_source", "direct") == "direct":
         return
-    model = getattr(shared_bert, config.architectures[0]).from_pretrained(folder)
+    name = config.architectures[0]
+    model = getattr(shared_bert, name, getattr(transformers, name, None)).from_pretrained(folder)
     shared_bert.fix_coefficients(model)
     model.save_pretrained(folder / UNFINISHED)
     publish(folder / UNFINISHED, folder)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.depth_sharing import DepthSharing
+from ..injection.linear import SharedMap
+from ..modeling.depth_sharing import DepthSharing, SharedMatrix
 from ..modeling.projections import SharedLinear
 
 # Dense bfloat16 FLOP/s from the data sheets; the first name that the device's name contains is used.
@@ -34,17 +35,18 @@ def training_flops_per_token(model: PreTrainedModel, sequence_length: int, predi
         predicted_share: p, predicted positions per token.
     """
     base_modules = per_token_modules(model)
-    not_per_token = {part for m in base_modules if isinstance(m, DepthSharing | nn.Embedding) for part in m.modules()}
+    apart = DepthSharing | SharedMatrix | nn.Embedding
+    not_per_token = {part for m in base_modules if isinstance(m, apart) for part in m.modules()}
     base = head = 0
     for module in model.modules():
         matrices = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2)
-        if isinstance(module, SharedLinear):
+        if isinstance(module, SharedLinear) or (isinstance(module, SharedMap) and module.dictionaries[0]):
             matrices += module.in_features * module.out_features
         if module not in base_modules:
             head += matrices
         elif module not in not_per_token:
             base += matrices
-    config = model.config
+    config = model.config.get_text_config()
     attention = 2 * config.num_hidden_layers * sequence_length * config.hidden_size
     return 6 * (base + predicted_share * head + attention)
 
