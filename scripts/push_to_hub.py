@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from shared_bert.command_line import reports_user_errors
-from shared_bert.conversion.families import STOCK_CLASSES
 from shared_bert.data import load_tokenizer
-from shared_bert.folders import load_model
+from shared_bert.folders import load_sharing_model
+from shared_bert.hub import push_to_hub
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -24,7 +24,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="the branch to push to; it is made if it is not there (default: main)")
     parser.add_argument("--tag", help="a tag for the commit")
-    parser.add_argument("--as-stock", action="store_true", help="push it as plain BERT or GPT-2, without code")
+    parser.add_argument("--as-stock", action="store_true", help="push it as the stock model, without code")
     return parser.parse_args(arguments)
 
 
@@ -33,9 +33,10 @@ def main(arguments: list[str]):
     parsed = parse(arguments)
     if not Path(parsed.checkpoint).is_dir():
         raise ValueError(f"{parsed.checkpoint} is not a folder: name a run, a checkpoint or a saved model")
-    model = load_model(parsed.checkpoint, STOCK_CLASSES)
+    model = load_sharing_model(parsed.checkpoint)
     load_tokenizer(parsed.checkpoint)  # there must be one
-    commit = model.push_to_hub(
+    commit = push_to_hub(
+        model,
         parsed.repo,
         private=parsed.private,
         revision=parsed.revision,

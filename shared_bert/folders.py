@@ -5,10 +5,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .conversion.families import STOCK_CLASSES
+from .injection.sharing_config import METHOD
 
 # Files that are copied with a model: its tokenizer, and the pooling config of sentence-transformers.
 TOKENIZER_FILES = (
@@ -36,11 +40,25 @@ def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> P
     return model
 
 
-def _load(name_or_path: str, classes: dict[str, type[PreTrainedModel]]) -> tuple[PreTrainedModel, dict]:
+def load_sharing_model(name_or_path: str) -> PreTrainedModel:
+    """Load a model of this package, or a stock model that shares; see `load_model`."""
+    config = _read_config(name_or_path)
+    record = getattr(config, "quantization_config", None) or {}
+    if record.get("quant_method") != METHOD:
+        return load_model(name_or_path, STOCK_CLASSES)
+    named = (getattr(transformers, str(name), None) for name in config.architectures or [])
+    return load_model(name_or_path, [cls for cls in named if isinstance(cls, type)])
+
+
+def _read_config(name_or_path: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (ValueError, TypeError, AttributeError) as error:  # such as for a model_type that is a list
         raise ValueError(f"{name_or_path} cannot be loaded, its config is invalid: {error}") from error
+
+
+def _load(name_or_path: str, classes: dict[str, type[PreTrainedModel]]) -> tuple[PreTrainedModel, dict]:
+    config = _read_config(name_or_path)
     named = config.architectures or ["model of no named class"]
     name = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     if name not in classes:

@@ -3,16 +3,21 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..conversion.families import STOCK_CLASSES, family_of
 from ..conversion.report import attention_parameters
+from ..injection import SharingConfig, replaced_parameters
+from ..modeling import Scheme
 
+_AUTO_CLASSES = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")]
 # A card with this line is replaced by the next push; one without it is the user's own, and stays.
 MARK = "Written by shared_bert. The next push"
 # By head: the Hub's name of the task, and the intended use.
@@ -23,6 +28,10 @@ _HEADS = {
     "ForTokenClassification": ("token-classification", "Classifying each token."),
     "ForQuestionAnswering": ("question-answering", "Marking the answer to a question in a text."),
     "ForMultipleChoice": (None, "Choosing among continuations of a text."),
+    "ForImageClassification": ("image-classification", "Classifying images."),
+    "ForObjectDetection": ("object-detection", "Finding objects in images."),
+    "LMHeadModel": ("text-generation", "Continuing a text, and fine-tuning."),
+    "ForConditionalGeneration": (None, "Generating text from its input, and fine-tuning."),
     "Model": ("feature-extraction", "Hidden states as features, and fine-tuning with a head."),
 }
 _DEPTH = {
@@ -51,21 +60,23 @@ def model_card(
     has_tokenizer: bool = True,
     tags: list[str] | None = None,
 ) -> ModelCard:
-    """Return the card of a model of this package.
+    """Return the card of a model of this package, or of a stock model that shares.
 
     Args:
-        model_class: one of `STOCK_CLASSES`, or a class built on one, which is described as that one.
+        model_class: one of `STOCK_CLASSES`, or a class built on one, which is described as that one; or the class of a
+            stock model whose config records what it shares.
         run_folder: the folder of the run or checkpoint, whose files record its training and its results.
         revision: the branch that the model is pushed to, for the example code.
-        as_stock: the model is pushed as the stock model that `to_stock` makes of it.
+        as_stock: the model is pushed as the stock model that `to_stock` or `dequantize` makes of it.
         has_tokenizer: whether a tokenizer is pushed with it.
         tags: in addition to the package's own.
     """
-    known = next(cls for cls in model_class.__mro__ if cls in STOCK_CLASSES)
-    stock = STOCK_CLASSES[known].__name__
-    head = next(name for name in _HEADS if known.__name__.endswith(name))
+    record = sharing_record(config)
+    known = next((cls for cls in model_class.__mro__ if cls in STOCK_CLASSES), model_class)
+    stock = model_class.__name__ if record else STOCK_CLASSES[known].__name__
+    head = next((name for name in _HEADS if known.__name__.endswith(name)), "Model")
     task, use = _HEADS[head]
-    auto = next(auto for auto, cls in config.auto_classes.items() if cls == known.__name__)
+    auto = _auto_class(known, config)
     run = _Run(run_folder)
     name = repo_id.split("/")[-1]
     # Healing minimises a distance from the original, not a loss of the task.
@@ -77,7 +88,7 @@ def model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        tags=["shared_bert", *config.sharing_names, *(tags or [])],
+        tags=["shared_bert", *(record or config).sharing_names, *(tags or [])],
         datasets=[run.dataset] if run.dataset else None,
         metrics=list(indexed) or None,
         model_name=name,
@@ -88,17 +99,18 @@ def model_card(
         template_path=str(Path(__file__).with_name("card_template.md")),
         mark=MARK,
         name=name,
-        summary=_summary(model_class, config, stock if as_stock else None),
-        sharing=_sharing(config),
-        savings=_savings(known, config),
+        summary=_summary(model_class, config, record, stock if as_stock else None),
+        sharing=_sharing(config) if record is None else _sharing_of_record(record),
+        savings=_savings(known, config) if record is None else _savings_of_record(known, config, record),
         as_stock=as_stock,
+        is_injected=record is not None,
         is_own_class=known is not model_class,
         architecture=stock if as_stock else model_class.__name__,
         use=use,
         training=run.training or ["Nothing was recorded with this checkpoint."],
         data=run.data,
         results={_RESULT_NAMES.get((run.kind, metric), metric): value for metric, value in run.results.items()},
-        positions=config.max_position_embeddings,
+        positions=getattr(config.get_text_config(), "max_position_embeddings", None),
         auto=auto,
         has_tokenizer=has_tokenizer,
         repo_id=repo_id,
@@ -107,8 +119,25 @@ def model_card(
     )
 
 
-def _summary(model_class: type, config: PreTrainedConfig, stock: str | None) -> str:
+def sharing_record(config: PreTrainedConfig) -> SharingConfig | None:
+    """Return what a stock model shares by its config, or None."""
+    record = getattr(config, "quantization_config", None)
+    return SharingConfig.from_dict(record) if isinstance(record, dict) else record
+
+
+def _auto_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """Return the name of the Auto class that loads a class."""
+    if hasattr(config, "auto_classes"):
+        return next(auto for auto, cls in config.auto_classes.items() if cls == model_class.__name__)
+    autos = (auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping)
+    named = (auto.__name__ for auto in autos if auto._model_mapping[type(config)] is model_class)
+    return next(named, model_class.__name__)
+
+
+def _summary(model_class: type, config: PreTrainedConfig, record: SharingConfig | None, stock: str | None) -> str:
     exported = f", exported as a plain `{stock}`" if stock else ""
+    if record is not None:
+        return f"A `{model_class.__name__}` whose attention shares its weights{exported}."
     return (
         f"A {family_of(config).description} of {config.num_hidden_layers} layers and hidden size {config.hidden_size} "
         f"(`{model_class.__name__}`) with `{config.attention_scheme}` attention{exported}."
@@ -116,14 +145,7 @@ def _summary(model_class: type, config: PreTrainedConfig, stock: str | None) -> 
 
 
 def _sharing(config: PreTrainedConfig) -> str:
-    scheme = config.scheme
-    made = ", ".join(
-        f"the {role} is {'the input itself' if matrix == 'x' else f'made by matrix *{matrix}*'}"
-        for role, matrix in zip(("query", "key", "value"), scheme.roles, strict=True)
-    )
-    parts = [made]
-    if scheme.ingredient.words:
-        parts.append(scheme.ingredient.words)
+    parts, scheme = _roles(config.scheme), config.scheme
     scale = scheme.scale if config.attention_scale is None else config.attention_scale
     if scale != 1:
         parts.append(f"the logits are scaled by {scale:g}")
@@ -137,6 +159,35 @@ def _sharing(config: PreTrainedConfig) -> str:
     return f"In each layer {'; '.join(parts)}. {depth}"
 
 
+def _roles(scheme: Scheme) -> list[str]:
+    made = ", ".join(
+        f"the {role} is {'the input itself' if matrix == 'x' else f'made by matrix *{matrix}*'}"
+        for role, matrix in zip(("query", "key", "value"), scheme.roles, strict=True)
+    )
+    return [made, scheme.ingredient.words] if scheme.ingredient.words else [made]
+
+
+def _sharing_of_record(record: SharingConfig) -> str:
+    parts = _roles(record.scheme)
+    if record.scheme.scale != 1:
+        parts.append(f"the logits are scaled by {record.scheme.scale:g}")
+    matrices = ", ".join(f"`{target}`" for target in record.targets)
+    depth = _DEPTH[record.depth_sharing].format(config=record, layers="the", matrices=matrices)
+    if record.depth_sharing not in ("none", "low_rank") and (record.rank or record.layer_ranks):
+        depth += " Each layer adds a low-rank matrix of its own."
+    return f"In each layer {'; '.join(parts)}. {depth}"
+
+
+def _savings_of_record(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, record: SharingConfig
+) -> list[dict[str, Any]]:
+    with torch.device("meta"):
+        model = model_class(config)
+    standard_total = model.num_parameters()
+    standard, own = replaced_parameters(model, replace(record, coefficient_source="direct"))
+    return _rows({"what is shared": (own, standard), "whole model": (standard_total - standard + own, standard_total)})
+
+
 def _savings(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> list[dict[str, Any]]:
     # A coefficient network counts as the coefficients that replace it after training.
     config = type(config).from_dict({**config.to_dict(), "coefficient_source": "direct"})
@@ -146,6 +197,10 @@ def _savings(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> li
         "attention": (attention_parameters(own), attention_parameters(standard)),
         "whole model": (own.num_parameters(), standard.num_parameters()),
     }
+    return _rows(counts)
+
+
+def _rows(counts: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
     return [
         {"name": name, "own": mine, "standard": theirs, "saved": 1 - mine / theirs}
         for name, (mine, theirs) in counts.items()

@@ -4,6 +4,7 @@
 transformers' pushes include `training_args.bin`, a pickle.
 """
 
+import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import transformers
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -21,7 +23,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .. import modeling
 from ..conversion.stock import to_stock
 from ..folders import TOKENIZER_FILES, copy_tokenizer
-from .cards import MARK, model_card, read_json
+from .cards import MARK, model_card, read_json, sharing_record
 
 _CODE = {path.name for path in Path(modeling.__file__).parent.glob("*.py")}
 _WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -51,6 +53,7 @@ def push_to_hub(
 ) -> CommitInfo:
     """Push a model with its code, tokenizer and card: the `push_to_hub` of every model of this package.
 
+    A stock model that shares (see `share`) is pushed by `shared_bert.hub.push_to_hub(model, …)`, and has no code.
     Arguments not named here are those of `PreTrainedModel.push_to_hub`. `revision` is a branch, which is created if it
     does not exist.
 
@@ -59,7 +62,7 @@ def push_to_hub(
         source: the folder of the run or checkpoint that the unchanged model is from; its metrics are pushed and
             shown on the card. Without it there are no results, and the tokenizer is that of where the model was
             loaded from, if any.
-        as_stock: push the result of `to_stock`, which needs no code.
+        as_stock: push the result of `to_stock` or `dequantize`, which needs neither code nor this package.
 
     Returns:
         The commit.
@@ -73,7 +76,7 @@ def push_to_hub(
     with TemporaryDirectory() as name:
         folder = Path(name)
         with _preparing(repo_id):
-            (to_stock(model) if as_stock else model).save_pretrained(folder, max_shard_size=max_shard_size)
+            (_as_stock(model) if as_stock else model).save_pretrained(folder, max_shard_size=max_shard_size)
             if not as_stock:
                 _add_code(model.config, folder)
             _add_tokenizer(source or model.name_or_path, folder)
@@ -94,6 +97,10 @@ def push_to_hub(
             create_pr=create_pr,
             tag=tag,
         )
+
+
+def _as_stock(model: PreTrainedModel) -> PreTrainedModel:
+    return to_stock(model) if sharing_record(model.config) is None else copy.deepcopy(model).dequantize()
 
 
 @contextmanager
@@ -153,12 +160,17 @@ def write_card(saved: str | Path, folder: str | Path, repo_id: str, revision: st
     """Write the card of a saved model or a checkpoint into `folder`."""
     config = AutoConfig.from_pretrained(saved, trust_remote_code=False)
     # A user's own class is described as the base model of its config.
-    model_class = getattr(modeling, config.architectures[0], getattr(modeling, config.auto_classes["AutoModel"]))
+    if sharing_record(config) is not None:
+        model_class = getattr(transformers, config.architectures[0])
+    else:
+        model_class = getattr(modeling, config.architectures[0], getattr(modeling, config.auto_classes["AutoModel"]))
     card = model_card(model_class, config, repo_id, saved, revision, has_tokenizer=_has_tokenizer(Path(saved)))
     card.save(Path(folder, "README.md"))
 
 
 def _add_code(config: PreTrainedConfig, folder: Path):
+    if sharing_record(config) is not None:  # transformers has it
+        return
     # `save_pretrained` does this for classes of this package, but not for subclasses.
     file = Path(modeling.__file__).with_name(f"modeling_{config.model_type}.py")
     for path in (file, *get_relative_import_files(file)):

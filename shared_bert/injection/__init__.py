@@ -1,7 +1,7 @@
 """Sharing in any stock model of transformers."""
 
-from .share import SharingReport, share
+from .share import SharingReport, replaced_parameters, share
 from .sharing_config import SharingConfig
 from .targets import ATTENTION_NAMES, AttentionNames
 
-__all__ = ["ATTENTION_NAMES", "AttentionNames", "SharingConfig", "SharingReport", "share"]
+__all__ = ["ATTENTION_NAMES", "AttentionNames", "SharingConfig", "SharingReport", "replaced_parameters", "share"]

@@ -109,7 +109,7 @@ def _on_device(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tens
         largest = int(batch["input_ids"].max()) if "input_ids" in batch else -1
         if largest >= _vocabulary(model):
             raise ValueError(
-                f"calibration has the token {largest}, and the model's vocabulary {_vocabulary(model)} tokens: its text "
+                f"calibration has the token {largest}, and the vocabulary {_vocabulary(model)} tokens: its text "
                 "is of another tokenizer"
             )
         yield {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}

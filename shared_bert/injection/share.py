@@ -150,13 +150,13 @@ def share(
     quantizer = SharingQuantizer(config)
     result.hf_quantizer, result.is_quantized, result.quantization_method = quantizer, True, config.quant_method
     quantizer.postprocess_model(result)
-    replaced = {name: linear_maps(model.base_model)[name] for name in _replaced(model.base_model, config)}
+    names = _replaced(model.base_model, config)
     report = SharingReport(
         attention_scheme,
         depth_sharing,
         errors,
-        parameters_before=sum(p.numel() for linear in replaced.values() for p in linear.parameters()),
-        parameters_after=_parameters(result, replaced),
+        parameters_before=_parameters(model, names),
+        parameters_after=_parameters(result, names),
         total_before=model.num_parameters(),
         total_after=result.num_parameters(),
         layer_ranks=config.layer_ranks,
@@ -437,8 +437,19 @@ def _check_fit(base: PreTrainedModel, config: SharingConfig):
         )
 
 
-def _parameters(result: PreTrainedModel, replaced: Iterable[str]) -> int:
+def _parameters(model: PreTrainedModel, replaced: list[str]) -> int:
     """Count the parameters of the modules `replaced` and of what they share."""
-    base = result.base_model
+    base = model.base_model
     modules = [base.get_submodule(name) for name in replaced] + list(own_modules(base).values())
     return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def replaced_parameters(model: PreTrainedModel, config: SharingConfig) -> tuple[int, int]:
+    """Return how many parameters a stock model has where `config` shares, and how many it has there after that.
+
+    The model, which may be on the meta device, shares afterwards.
+    """
+    names = _replaced(model.base_model, config)
+    before = _parameters(model, names)
+    inject(model, config)
+    return before, _parameters(model, names)

@@ -71,6 +71,11 @@ class SharingConfig(QuantizationConfigMixin):
     def scheme(self) -> Scheme:
         return SCHEMES[self.attention_scheme]
 
+    @property
+    def sharing_names(self) -> list[str]:
+        """The attention scheme, and the depth sharing if there is one."""
+        return [name for name in (self.attention_scheme, self.depth_sharing) if name != "none"]
+
     def ranks(self, target: str, num_layers: int) -> list[int]:
         """Return the rank that a target's factors have in each layer; 0 for none."""
         if self.layer_ranks is not None:

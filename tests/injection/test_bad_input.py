@@ -50,7 +50,7 @@ MASA = {"depth_sharing": "masa", "num_atoms": 2}
         ({**MASA, "calibration": [torch.zeros(1, 2)]}, "a batch of calibration must be a mapping"),
         (
             {**MASA, "calibration": [{"input_ids": torch.tensor([[5, 96]])}]},
-            "calibration has the token 96, and the model's vocabulary 96 tokens: its text is of another tokenizer",
+            "calibration has the token 96, and the vocabulary 96 tokens: its text is of another tokenizer",
         ),
     ],
 )
