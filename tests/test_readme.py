@@ -24,6 +24,7 @@ DOCUMENTS = {
         "model_cards/README.md",
         "shared_bert/README.md",
         "shared_bert/conversion/README.md",
+        "shared_bert/injection/README.md",
     )
 }
 # Records of fine-tuning whose tables are kept.

@@ -5,6 +5,9 @@ The record of what is shared is the `quantization_config` of the model's config,
 `SharingQuantizer`, if `shared_bert` has been imported.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
@@ -26,6 +29,7 @@ class SharingQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_compileable = True
     is_loading = False
+    gathered = None
 
     def is_serializable(self) -> bool:
         return True
@@ -44,6 +48,24 @@ class SharingQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self.is_loading:
             _check_loaded(model)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict]:
+        """Return what `save_pretrained` writes: the state dict given to it, which transformers drops, or None."""
+        if self.gathered is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            raise ValueError(
+                "the parameters are sharded: train the model with shared_bert.training.SafeTrainer, which saves all of "
+                "them"
+            )
+        return self.gathered, {}
+
+    @contextmanager
+    def saving(self, state_dict: dict | None) -> Iterator[None]:
+        """Let `save_pretrained` write `state_dict`, which has been gathered from all processes."""
+        self.gathered = state_dict
+        try:
+            yield
+        finally:
+            self.gathered = None
 
     def _dequantize(self, model: PreTrainedModel, dtype=None) -> PreTrainedModel:
         multiply_out(model)

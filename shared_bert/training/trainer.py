@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..folders import writing
 from ..hub import CheckpointPushes
+from ..injection.quantizer import SharingQuantizer
 from .checkpoints import UNFINISHED, checkpoint_damage, last_checkpoint, publish
 from .models import fix_saved_coefficients
 from .throughput import peak_flops, training_flops_per_token
@@ -121,6 +122,12 @@ class SafeTrainer(CheckpointPushes, Trainer):
                 publish(unfinished, folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        # transformers drops the state dict of a model with a quantizer, which FSDP has gathered.
+        with quantizer.saving(state_dict) if isinstance(quantizer, SharingQuantizer) else nullcontext():
+            super()._save(output_dir, state_dict)
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         """Save the trained model, evaluate it, and save the metrics and the state.

@@ -6,7 +6,15 @@ import accelerate
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, T5EncoderModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    T5EncoderModel,
+    Trainer,
+    TrainingArguments,
+    YolosConfig,
+    YolosForObjectDetection,
+)
 
 import shared_bert
 from shared_bert.training.trainer import SafeTrainer
@@ -229,3 +237,31 @@ def test_modules_are_those_of_the_stock_model_but_for_the_shared(llama):
             assert isinstance(other, nn.Linear)
         else:
             assert type(other) is type(module)
+
+
+def test_a_detector_learns_boxes(tmp_path):
+    """As in the detection runs of MASA's paper (arXiv 2508.04581), but of tiny shape: a square in each image."""
+    pytest.importorskip("scipy", reason="the loss of YOLOS needs scipy")
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config = YolosConfig(**shape, image_size=[16, 16], patch_size=4, num_detection_tokens=3, num_labels=1)
+    options = {"depth_sharing": "masa", "num_atoms": 2, "depth_shared_matrices": "qkvo", "initialize": True}
+    torch.manual_seed(0)
+    model, _ = shared_bert.share(YolosForObjectDetection(config), **options)
+    images, labels = torch.zeros(8, 3, 16, 16), []
+    for image, place in zip(images, torch.randint(0, 9, (8, 2)).tolist(), strict=True):
+        image[:, place[1] : place[1] + 8, place[0] : place[0] + 8] = 1.0
+        box = [[(place[0] + 4) / 16, (place[1] + 4) / 16, 0.5, 0.5]]
+        labels.append({"class_labels": torch.tensor([0]), "boxes": torch.tensor(box)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(150):
+        loss = model(pixel_values=images, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.6 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    loaded = YolosForObjectDetection.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images).pred_boxes, model(images).pred_boxes)
+    torch.testing.assert_close(loaded.dequantize()(images).pred_boxes, model(images).pred_boxes, rtol=1e-4, atol=1e-5)
