@@ -53,8 +53,7 @@ class SharingQuantizer(HfQuantizer):
         """Return what `save_pretrained` writes: the state dict given to it, which transformers drops, or None."""
         if self.gathered is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
             raise ValueError(
-                "the parameters are sharded: train the model with shared_bert.training.SafeTrainer, which saves all of "
-                "them"
+                "the parameters are sharded: train it with shared_bert.training.SafeTrainer, which saves them all"
             )
         return self.gathered, {}
 

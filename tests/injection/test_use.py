@@ -248,7 +248,8 @@ def test_a_detector_learns_boxes(tmp_path):
     torch.manual_seed(0)
     model, _ = shared_bert.share(YolosForObjectDetection(config), **options)
     images, labels = torch.zeros(8, 3, 16, 16), []
-    for image, place in zip(images, torch.randint(0, 9, (8, 2)).tolist(), strict=True):
+    places = torch.randint(0, 9, (8, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    for image, place in zip(images, places, strict=True):
         image[:, place[1] : place[1] + 8, place[0] : place[0] + 8] = 1.0
         box = [[(place[0] + 4) / 16, (place[1] + 4) / 16, 0.5, 0.5]]
         labels.append({"class_labels": torch.tensor([0]), "boxes": torch.tensor(box)})
