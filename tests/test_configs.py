@@ -8,8 +8,11 @@ from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
+from shared_bert.conversion.families import FAMILIES
+from shared_bert.data.images import Images
 from shared_bert.data.tasks import GLUE
 from shared_bert.evaluation.classification import GlueArguments, TaskArguments
+from shared_bert.evaluation.image_classification import ImageArguments, ImageTrainingArguments
 from shared_bert.evaluation.squad import SquadArguments
 from shared_bert.training import FinetuningArguments, ModelArguments, parse_recipe
 from shared_bert.training.models import config_fields, make_model
@@ -33,7 +36,11 @@ def build(model_args):
 
 @pytest.mark.parametrize("path", files("models"))
 def test_models_build(path):
-    build(ModelArguments(config_name=str(path), tokenizer_vocab_size=1000))
+    if load_mapping(path)["model_type"] in FAMILIES:
+        build(ModelArguments(config_name=str(path), tokenizer_vocab_size=1000))
+    else:
+        images = Images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
+        ImageArguments(images="any", config_name=str(path)).make_model(images)
 
 
 @pytest.mark.parametrize("path", files("pretrain"))
@@ -55,6 +62,14 @@ def test_finetuning_recipes_parse(path):
     else:
         glue_args, training_args = parse_arguments(arguments, (GlueArguments, FinetuningArguments))
         assert glue_args.task_names == list(GLUE)
+    assert training_args.output_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", files("images"))
+def test_image_recipes_parse(path):
+    arguments = [str(path), "--images", "any", "--use_cpu"]
+    image_args, training_args = parse_arguments(arguments, (ImageArguments, ImageTrainingArguments))
+    assert (CONFIGS.parent / image_args.config_name).is_file()
     assert training_args.output_dir == f"runs/{path.stem}"
 
 

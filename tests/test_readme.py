@@ -99,6 +99,15 @@ def test_options_of_finetuning_are_valid(monkeypatch):
         parse_arguments([*arguments, "--use_cpu", "true"], (task_arguments, FinetuningArguments))
 
 
+def test_options_of_images_are_valid(monkeypatch):
+    from shared_bert.evaluation.image_classification import ImageArguments, ImageTrainingArguments
+    from shared_bert.training.recipe import parse_arguments
+
+    monkeypatch.chdir(ROOT)
+    for arguments in commands("train_images.py"):
+        parse_arguments([*arguments, "--use_cpu", "true"], (ImageArguments, ImageTrainingArguments))
+
+
 @pytest.mark.parametrize(
     "script", ["convert.py", "push_to_hub.py", "benchmark.py", "convert_minilm.py", "evaluate.py"]
 )
@@ -120,7 +129,9 @@ def test_depth_sharings_are_listed():
 
 
 def test_every_recipe_is_listed():
-    for recipe in (*(ROOT / "configs" / "pretrain").glob("*.yaml"), *(ROOT / "configs" / "finetune").glob("*.yaml")):
+    for recipe in (
+        path for folder in ("pretrain", "finetune", "images") for path in (ROOT / "configs" / folder).glob("*")
+    ):
         assert f"`{recipe.name}`" in DOCUMENTS["configs/README.md"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from scipy import stats
 
-from ..training.arguments import FinetuningArguments
+from ..training.arguments import RunArguments
 
 _SETTINGS = (
     "learning_rate", "head_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay",
@@ -32,10 +32,10 @@ def parse_seeds(text: str) -> list[int]:
         raise ValueError(f"seeds={text!r} must be numbers, separated by commas") from error
 
 
-def run_settings(arguments, training_args: FinetuningArguments) -> dict[str, Any]:
+def run_settings(arguments, training_args: RunArguments) -> dict[str, Any]:
     """Return the settings that all records of an output folder have in common."""
     of_runs = {name: value for name, value in asdict(arguments).items() if name not in ("tasks", "seeds")}
-    return {**of_runs, **{name: getattr(training_args, name) for name in _SETTINGS}}
+    return {**of_runs, **{name: getattr(training_args, name, None) for name in _SETTINGS}}
 
 
 def check_settings(output: Path, settings: dict[str, Any]):

@@ -111,12 +111,8 @@ class DataArguments:
 
 
 @dataclass
-class ConversionArguments:
-    """The conversion of a trained model; see `from_stock`.
-
-    Raises:
-        ValueError: calibration_tokens without calibration.
-    """
+class SharingArguments:
+    """What a model shares; see `SharedAttentionConfig`."""
 
     attention_scheme: str = _argument("standard", "Which matrices make query, key and value.", choices=[*SCHEMES])
     depth_sharing: str = _argument("none", "How matrices are shared over the depth.", choices=[*DEPTH_SHARING])
@@ -124,6 +120,16 @@ class ConversionArguments:
     num_atoms: int | None = _argument(None, "Matrices in each dictionary of masa.")
     num_groups: int | None = _argument(None, "Groups of layers of sequential and repeat_all_over.")
     rank: int | None = _argument(None, "Of low_rank; with the others, of what each layer adds to its shared matrices.")
+
+
+@dataclass
+class ConversionArguments(SharingArguments):
+    """The conversion of a trained model; see `from_stock`.
+
+    Raises:
+        ValueError: calibration_tokens without calibration.
+    """
+
     num_key_value_heads: int | None = _argument(None, "Fewer heads for key and value.")
     dictionary_groups: int = _argument(1, "Split the dictionary of masa into this many.")
     spread_rank: bool = _argument(False, "Spread the rank over the matrices that need it.")
