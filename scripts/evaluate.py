@@ -110,7 +110,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     def add(name: str, run, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
-        command.add_argument("--model", required=True, help="folders or names on the Hub, separated by commas")
+        command.add_argument(
+            "--model", required=True, help="folders, names on the Hub, or earlier outputs (.json), by commas"
+        )
         command.add_argument("--output", type=Path, default=Path("runs", f"{name}.json"))
         command.set_defaults(run=run, main=evaluate_models)
         return command
@@ -136,6 +138,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--within_word", action="store_true", help="mask the rest of a word too (encoders)")
     command.add_argument("--max_pairs", type=int, help="no more pairs of a paradigm than this")
     command = add("scores", None, "tables and a plot of several output folders of finetune.py")
+    command.add_argument("--may_differ", default="", help="settings that need not be the same, separated by commas")
     command.set_defaults(main=compare_scores)
     command = add("perplexity", perplexity_of, "perplexity of decoders")
     command.add_argument("--text", required=True, help="a .txt, .jsonl or .parquet file, a folder or a glob")
@@ -148,23 +151,42 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def compare_scores(parsed: argparse.Namespace):
-    records = load_compared(parsed.model.split(","))
+    records = load_compared(parsed.model.split(","), parsed.may_differ.split(","))
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text(json.dumps(records, indent=1) + "\n")
     write_scores(records, parsed.output)
     print(parsed.output.with_suffix(".md").read_text())
 
 
+def read_earlier(path: Path, options: dict[str, str]) -> dict[str, Any]:
+    """Return what an earlier command with the same options has written.
+
+    Raises:
+        ValueError: it is no such file, or has other options.
+    """
+    try:
+        record = json.loads(path.read_text())
+        earlier = record["options"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an output of this command: {error!r}") from error
+    for name, value in options.items():
+        if name not in ("model", "output") and earlier.get(name) != value:
+            raise ValueError(f"{path} was measured with {name}={earlier.get(name)}, not {value}")
+    return record
+
+
 def evaluate_models(parsed: argparse.Namespace):
     if hasattr(parsed, "task"):
         glue_task(parsed.task)
-    results = {}
-    for name_or_path in parsed.model.split(","):
+    options = {name: str(value) for name, value in vars(parsed).items() if name not in ("run", "main")}
+    models = parsed.model.split(",")
+    earlier = [read_earlier(Path(name), options) for name in models if name.endswith(".json")]
+    results = {name: result for record in earlier for name, result in record.pop("results").items()}
+    for name_or_path in (name for name in models if not name.endswith(".json")):
         print(name_or_path, flush=True)
         results[name_or_path] = parsed.run(name_or_path, parsed)
-    options = {name: str(value) for name, value in vars(parsed).items() if name not in ("run", "main")}
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"options": options, **environment("cpu"), "results": results}
+    record = {"options": options, **environment("cpu"), "earlier": earlier, "results": results}
     parsed.output.write_text(json.dumps(record, indent=2) + "\n")
     if parsed.run is noise:
         draw_noise(results, parsed.task, parsed.output.with_suffix(".png"))

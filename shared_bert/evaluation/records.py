@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,12 @@ def load_records(output: str | Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (record["task"], record["seed"]))
 
 
-def load_compared(paths: Iterable[str | Path]) -> dict[str, list[dict[str, Any]]]:
+def load_compared(paths: Iterable[str | Path], may_differ: Collection[str] = ()) -> dict[str, list[dict[str, Any]]]:
     """Return the records of several models by name, which have the same settings but for the model.
 
     Args:
         paths: output folders, whose names are the models'; or JSON files of what this function returns.
+        may_differ: settings that need not be the same, such as "bf16" for runs on two machines.
 
     Raises:
         ValueError: no or damaged records, records of different settings, or a name that occurs twice.
@@ -99,7 +100,7 @@ def load_compared(paths: Iterable[str | Path]) -> dict[str, list[dict[str, Any]]
         for record in of_model:
             for setting in {**first, **record["settings"]}:
                 value = record["settings"].get(setting)
-                if setting not in ("model", "tokenizer_name") and value != first.get(setting):
+                if setting not in ("model", "tokenizer_name", *may_differ) and value != first.get(setting):
                     raise ValueError(
                         f"{name}: {setting}={value!r}, but {first.get(setting)!r} in the first: scores of different "
                         "settings cannot be compared"

@@ -294,6 +294,8 @@ def test_models_are_compared_by_seed(tmp_path, capsys):
     write_records(tmp_path / "three", first, learning_rate=1e-5)
     assert main(["scores", "--model", f"{folders},{tmp_path / 'three'}"]) == 2
     assert "three: learning_rate=1e-05, but 0.0001 in the first" in capsys.readouterr().err
+    options = ["--may_differ", "learning_rate", "--output", str(tmp_path / "three.json")]
+    assert main(["scores", "--model", f"{folders},{tmp_path / 'three'}", *options]) == 0
     assert main(["scores", "--model", str(tmp_path / "nothing")]) == 2
     assert "nothing has no records of fine-tuning" in capsys.readouterr().err
 

@@ -143,6 +143,13 @@ def test_the_script(classifier, tokenizers, tmp_path, capsys):
 
     assert [row["level"] for row in run("noise", "classifier", *task, "--levels", "0", "0.2")] == [0, 0.2]
     assert (tmp_path / "noise.png").stat().st_size > 0
+    # An earlier output stands for its models.
+    kept = json.loads((tmp_path / "noise.json").read_text())["results"]
+    joined = ["noise", "--model", str(tmp_path / "noise.json"), "--output", str(tmp_path / "joined.json"), *task]
+    assert main([*joined, "--levels", "0", "0.2"]) == 0
+    assert json.loads((tmp_path / "joined.json").read_text())["results"] == kept
+    assert main([*joined, "--levels", "0", "0.3"]) == 2
+    assert "noise.json was measured with levels=[0.0, 0.2], not [0.0, 0.3]" in capsys.readouterr().err
     alone = run("cross_domain", "classifier", *task, "--on", "rte")
     assert set(alone) == {"rte"}
     # The output folder of fine-tuning stands for the models of all seeds.
