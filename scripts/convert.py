@@ -1,11 +1,12 @@
-r"""Convert saved models, between stock BERT or GPT-2 and the models of this package.
+r"""Convert saved models: stock ones to models that share weights, and these to stock ones.
 
 python scripts/convert.py to-stock MODEL OUTPUT
 python scripts/convert.py from-stock MODEL OUTPUT --attention_scheme shared_kv
 python scripts/convert.py from-stock MODEL OUTPUT --depth_sharing masa --num_atoms 4 --calibration python-docs \
     --heal --dataset_name python-docs --max_steps 1000
 
-MODEL is a folder or a name on the Hub; OUTPUT must be missing or empty.
+MODEL is a folder or a name on the Hub; OUTPUT must be missing or empty. BERT and GPT-2 become models of this package;
+other architectures stay what they are, and share inside.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from dataclasses import fields
 import shared_bert
 from shared_bert.command_line import RaisingParser, reports_user_errors
 from shared_bert.conversion.families import STOCK_CLASSES
-from shared_bert.folders import check_free, copy_tokenizer, load_model, whole_folder
+from shared_bert.folders import check_free, copy_tokenizer, load_sharing_model, whole_folder
 from shared_bert.training import ConversionArguments, DataArguments, PretrainingArguments, convert, convert_and_heal
 
 # Options of healing that say how calibration text is read, too.
@@ -27,13 +28,14 @@ CALIBRATION_OPTIONS = {
 
 def to_stock(arguments: argparse.Namespace):
     check_free(arguments.output)
-    model = load_model(arguments.model, STOCK_CLASSES)
-    stock = shared_bert.to_stock(model)
+    model = load_sharing_model(arguments.model)
+    parameters = model.num_parameters()
+    stock = shared_bert.to_stock(model) if type(model) in STOCK_CLASSES else model.dequantize()
     with whole_folder(arguments.output) as folder:
         stock.save_pretrained(folder)
         copy_tokenizer(arguments.model, folder)
     print(
-        f"{type(model).__name__} of {model.num_parameters():,} parameters is now a {type(stock).__name__} of "
+        f"{type(model).__name__} of {parameters:,} parameters is now a {type(stock).__name__} of "
         f"{stock.num_parameters():,} in {arguments.output}"
     )
 
@@ -49,7 +51,7 @@ def from_stock(arguments: argparse.Namespace):
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = RaisingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("to-stock", help="multiply a model of this package out into plain BERT or GPT-2")
+    command = commands.add_parser("to-stock", help="multiply a model out into the stock one of the same outputs")
     command.set_defaults(run=to_stock)
     command.add_argument("model")
     command.add_argument("output")
@@ -57,7 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     healing = (DataArguments, PretrainingArguments)
     command = commands.add_parser(
         "from-stock",
-        help="convert BERT, GPT-2 or a model of this package to another scheme and depth sharing",
+        help="convert a model to another scheme and depth sharing",
         usage="%(prog)s MODEL OUTPUT [--option value ...]",
         dataclass_types=(ConversionArguments, *healing),
         allow_abbrev=False,

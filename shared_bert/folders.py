@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .conversion.families import STOCK_CLASSES
+from .conversion.families import SHARED_CLASSES, STOCK_CLASSES
 from .injection.sharing_config import METHOD
 
 # Files that are copied with a model: its tokenizer, and the pooling config of sentence-transformers.
@@ -40,14 +40,22 @@ def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> P
     return model
 
 
+def load_any_model(name_or_path: str) -> PreTrainedModel:
+    """Load a model of this package or of transformers; see `load_model`."""
+    return load_model(name_or_path, {*STOCK_CLASSES, *SHARED_CLASSES, *_named_classes(_read_config(name_or_path))})
+
+
 def load_sharing_model(name_or_path: str) -> PreTrainedModel:
     """Load a model of this package, or a stock model that shares; see `load_model`."""
     config = _read_config(name_or_path)
     record = getattr(config, "quantization_config", None) or {}
-    if record.get("quant_method") != METHOD:
-        return load_model(name_or_path, STOCK_CLASSES)
+    return load_model(name_or_path, _named_classes(config) if record.get("quant_method") == METHOD else STOCK_CLASSES)
+
+
+def _named_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
+    """Return the classes of transformers that a config names as its model's."""
     named = (getattr(transformers, str(name), None) for name in config.architectures or [])
-    return load_model(name_or_path, [cls for cls in named if isinstance(cls, type)])
+    return [cls for cls in named if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
 
 
 def _read_config(name_or_path: str) -> PreTrainedConfig:

@@ -280,9 +280,13 @@ class _Run:
 
     @staticmethod
     def _conversion(conversion: dict) -> Iterator[str]:
-        if report := conversion.get("report"):
+        report = conversion.get("report")
+        if not report:
+            return
+        if "all_errors" in report:
             errors = ", ".join(f"{name} {error:.3f}" for name, error in report["all_errors"].items())
-            yield (
-                f"Converted from a trained model, whose attention had {report['parameters_before']:,} parameters; "
-                f"relative errors on {report['measured_on']}: {errors}"
-            )
+            found = f"whose attention had {report['parameters_before']:,} parameters; relative errors on "
+            found += f"{report['measured_on']}: {errors}"
+        else:  # of a stock model that shares
+            found = f"which had {report['parameters_before']:,} parameters in the place of what is shared"
+        yield f"Converted from a trained model, {found}"

@@ -124,11 +124,15 @@ class SharingArguments:
 
 @dataclass
 class ConversionArguments(SharingArguments):
-    """The conversion of a trained model; see `from_stock`.
+    """The conversion of a trained model; see `from_stock`, and `share` for other architectures.
 
     Raises:
         ValueError: calibration_tokens without calibration.
     """
+
+    targets: str | None = _argument(
+        None, "Matrices that depth_sharing is for, by the ends of their names, separated by commas; else attention's."
+    )
 
     num_key_value_heads: int | None = _argument(None, "Fewer heads for key and value.")
     dictionary_groups: int = _argument(1, "Split the dictionary of masa into this many.")

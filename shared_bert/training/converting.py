@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..conversion import from_stock
+from ..conversion import ConversionReport, from_stock
 from ..conversion.families import SHARED_CLASSES, STOCK_CLASSES
 from ..data import calibration_batches, load_tokenizer
 from ..data.sources import FORMATS
-from ..folders import check_free, copy_tokenizer, load_model, whole_folder
+from ..folders import check_free, copy_tokenizer, load_any_model, load_sharing_model, whole_folder
+from ..injection import SharingReport, share
 from .arguments import ConversionArguments, DataArguments, PretrainingArguments
 from .checkpoints import finished_checkpoints
 from .healing import check_healing, heal
@@ -26,7 +27,10 @@ _CALIBRATION_TOKENS = 65536
 def convert(
     name_or_path: str, output: str | Path, conversion: ConversionArguments, data_args: DataArguments, seed: int = 42
 ):
-    """Convert a saved model with `from_stock` and write it with its tokenizer and `conversion.json`.
+    """Convert a saved model and write it with its tokenizer and `conversion.json`.
+
+    BERT, GPT-2 and the models of this package are converted by `from_stock`; other architectures, and these if
+    `targets` are given, by `share`.
 
     Args:
         name_or_path: a folder, or a name on the Hub.
@@ -38,7 +42,7 @@ def convert(
         OSError: the model is missing, or the disk is full.
     """
     check_free(output)
-    _write_converted(load_model(name_or_path, SOURCES), name_or_path, output, conversion, data_args, seed)
+    _write_converted(load_any_model(name_or_path), name_or_path, output, conversion, data_args, seed)
 
 
 def convert_and_heal(
@@ -55,7 +59,7 @@ def convert_and_heal(
     resumes = str(training_args.resume_from_checkpoint or False).lower() != "false"
     if training_args.process_index == 0 and not resumes:
         check_free(output)
-    teacher = load_model(name_or_path, SOURCES).float()
+    teacher = load_any_model(name_or_path).float()
     tokenizer = load_tokenizer(name_or_path)
     check_healing(teacher, tokenizer, data_args, training_args)
     # The first process converts, the others find the result. The text is packed first, since it may be unusable.
@@ -71,7 +75,7 @@ def convert_and_heal(
             )
     if resumes and not finished_checkpoints(output):
         training_args.resume_from_checkpoint = None  # stopped before the first checkpoint
-    student = load_model(str(converted), STOCK_CLASSES)
+    student = load_sharing_model(str(converted))
     return heal(student, teacher, tokenizer, data_args, training_args, save_more=partial(copy_tokenizer, name_or_path))
 
 
@@ -84,10 +88,8 @@ def _write_converted(
     seed: int,
 ):
     options = asdict(conversion)
-    of_text = ("calibration", "calibration_tokens")
-    wanted = {name: value for name, value in options.items() if value is not None and name not in of_text}
     text = _read_calibration(model, name_or_path, conversion, data_args, seed) if conversion.calibration else None
-    converted, report = from_stock(model, calibration=text, **wanted)
+    converted, report = _convert(model, conversion, text)
     print(report, flush=True)
     with whole_folder(output) as folder:
         converted.save_pretrained(folder)
@@ -97,11 +99,26 @@ def _write_converted(
     print(f"the converted model is in {output}", flush=True)
 
 
+def _convert(
+    model: PreTrainedModel, conversion: ConversionArguments, text: Iterator[dict[str, torch.Tensor]] | None
+) -> tuple[PreTrainedModel, ConversionReport | SharingReport]:
+    options = asdict(conversion)
+    targets = options.pop("targets")
+    wanted = {name: value for name, value in options.items() if value is not None and not name.startswith("calibr")}
+    if type(model) in SOURCES and targets is None:
+        return from_stock(model, calibration=text, **wanted)
+    wanted.pop("align")
+    if "num_key_value_heads" in wanted:
+        raise ValueError(f"num_key_value_heads={wanted['num_key_value_heads']} goes with BERT and GPT-2 only")
+    return share(model, targets=targets.split(",") if targets else None, calibration=text, **wanted)
+
+
 def _read_calibration(
     model: PreTrainedModel, name_or_path: str, conversion: ConversionArguments, data_args: DataArguments, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches of calibration text; it is read when the first is taken, after all options have been checked."""
-    most = model.config.max_position_embeddings
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", data_args.block_size)
     if data_args.block_size > most:
         raise ValueError(f"block_size={data_args.block_size} is more than max_position_embeddings={most}")
     source = conversion.calibration
@@ -111,8 +128,8 @@ def _read_calibration(
     data_args = replace(data_args, train_file=file, validation_file=file, dataset_name=dataset)
     documents = read_documents(data_args, seed)["train"]
     tokenizer = load_tokenizer(name_or_path)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model vocab_size={model.config.vocab_size}")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model vocab_size={config.vocab_size}")
     num_tokens = conversion.calibration_tokens
     num_tokens = _CALIBRATION_TOKENS if num_tokens is None else num_tokens
     try:

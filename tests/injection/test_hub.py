@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from shared_bert.folders import load_sharing_model
 
 from ..hub.conftest import REPO, ROOT, far, hub  # noqa: F401 - fixtures
 from ..hub.hub_double import TOKEN
+from ..training.runs import write_text
+from .architectures import ARCHITECTURES
 
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
 
@@ -62,3 +65,35 @@ def test_the_script(hub, far, saved):  # noqa: F811
     run = far(SCRIPT, saved, REPO, token=TOKEN)
     assert run.returncode == 0, run.stderr
     assert "tokenizer.json" in hub.repositories[REPO].files()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--depth_sharing", "masa", "--num_atoms", "2", "--depth_shared_matrices", "qkvo"],
+        ["--attention_scheme", "shared_kv"],
+        ["--depth_sharing", "low_rank", "--rank", "4", "--targets", "gate_proj,up_proj"],
+    ],
+    ids=["masa", "shared_kv", "mlp"],
+)
+def test_converted_healed_and_multiplied_out_by_the_script(llama, tokenizers, tmp_path, capsys, options):
+    convert = runpy.run_path(str(ROOT / "scripts" / "convert.py"))["main"]
+    model = ARCHITECTURES["llama"].model(num_key_value_heads=4, vocab_size=320)
+    model.save_pretrained(tmp_path / "llama")
+    tokenizers["gpt"].save_pretrained(tmp_path / "llama")
+    text = write_text(tmp_path / "text.txt")
+    reading = ["--calibration", text, "--calibration_tokens", 500, "--block_size", 32, "--sample_by", "line"]
+    healing = ["--heal", "--train_file", text, "--max_steps", 3, "--use_cpu", "true", "--disable_tqdm", "true"]
+    arguments = ["from-stock", tmp_path / "llama", tmp_path / "healed", *options, *reading, *healing]
+    assert convert(list(map(str, arguments))) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "healed" / "converted" / "conversion.json").read_text())["report"]["total_after"]
+    healed = load_sharing_model(str(tmp_path / "healed"))
+    assert healed.num_parameters() < model.num_parameters()
+    assert "Converted from a trained model" in str(
+        shared_bert.hub.model_card(type(healed), healed.config, REPO, tmp_path / "healed")
+    )
+    assert convert(["to-stock", str(tmp_path / "healed"), str(tmp_path / "plain")]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    input_ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(plain(input_ids).logits, healed(input_ids).logits, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "plain" / "tokenizer.json").is_file()
