@@ -33,8 +33,7 @@ from shared_bert.evaluation.robustness import (
     over_seeds,
     spread,
 )
-from shared_bert.folders import load_model
-from shared_bert.training.converting import SOURCES
+from shared_bert.folders import load_any_model
 
 
 def validation_rows(name: str, parsed: argparse.Namespace):
@@ -82,7 +81,7 @@ def cross_domain(name_or_path: str, parsed: argparse.Namespace) -> dict[str, dic
 
 
 def blimp(name_or_path: str, parsed: argparse.Namespace) -> dict[str, Any]:
-    model, tokenizer = load_model(name_or_path, SOURCES).eval(), load_tokenizer(name_or_path)
+    model, tokenizer = load_any_model(name_or_path).eval(), load_tokenizer(name_or_path)
     rows = load_dataset("parquet", data_files=parsed.pairs, split="train").to_list()
     if parsed.max_pairs is not None:
         of_paradigm = {}
@@ -96,7 +95,7 @@ def blimp(name_or_path: str, parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def perplexity_of(name_or_path: str, parsed: argparse.Namespace) -> dict[str, float]:
-    model, tokenizer = load_model(name_or_path, SOURCES).eval(), load_tokenizer(name_or_path)
+    model, tokenizer = load_any_model(name_or_path).eval(), load_tokenizer(name_or_path)
     # The file is its own validation text, so that no text is split off.
     documents = load_documents(train_file=parsed.text, validation_file=parsed.text)["train"]
     results = perplexity(model, tokenizer, documents["text"], parsed.stride, parsed.window)

@@ -7,9 +7,29 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ..conversion.families import Family, family_of
+from ..conversion.families import FAMILIES, family_of
 from ..modeling.losses import IGNORED
+
+# Models of this package, and their stock counterparts.
+_WITH_A_FAMILY = {
+    kind for family in FAMILIES.values() for kind in (family.config.model_type, family.stock_config.model_type)
+}
+
+
+def objective_of(model: PreTrainedModel) -> str:
+    """Return what a language model of any architecture predicts: "mlm" (masked tokens) or "clm" (the next token).
+
+    Raises:
+        ValueError: it is no language model.
+    """
+    for objective, names in (("mlm", MODEL_FOR_MASKED_LM_MAPPING_NAMES), ("clm", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
+        if names.get(model.config.model_type) == type(model).__name__:
+            return objective
+    if model.config.model_type in FAMILIES and model.get_output_embeddings() is not None:
+        return family_of(model.config).objective
+    raise ValueError(f"a {type(model).__name__} is no language model: it has no head over the vocabulary")
 
 
 def sentence_scores(
@@ -26,7 +46,7 @@ def sentence_scores(
     arXiv 1910.14659).
 
     Args:
-        model: a language model of this package or its stock counterpart, in eval mode.
+        model: a language model of this package or of transformers, in eval mode.
         within_word: mask the later tokens of a token's word as well (Kauf & Ivanova, arXiv 2305.10588); for encoders.
         batch_size: rows of one forward; an encoder takes a row for every token.
 
@@ -34,10 +54,7 @@ def sentence_scores(
         ValueError: a model without a head over the vocabulary, `within_word` with a decoder, or a sentence that is
             longer than the model's positions.
     """
-    family = family_of(model.config)
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"a {type(model).__name__} is no language model: it has no head over the vocabulary")
-    if family.objective == "clm":
+    if objective_of(model) == "clm":
         if within_word:
             raise ValueError("within_word is for encoders: a decoder sees no later token")
         rows = [_decoder_row(tokenizer, sentence) for sentence in sentences]
@@ -46,15 +63,14 @@ def sentence_scores(
             row for i, sentence in enumerate(sentences) for row in _encoder_rows(tokenizer, sentence, within_word, i)
         ]
     longest = max((len(row["input_ids"]) for row in rows), default=0)
-    if longest > model.config.max_position_embeddings:
-        raise ValueError(
-            f"a sentence has {longest} tokens, more than {model.config.max_position_embeddings} positions"
-        )
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    if longest > most:
+        raise ValueError(f"a sentence has {longest} tokens, more than {most} positions")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # similar lengths need little padding
     scores = [0.0] * len(sentences)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        totals = _row_scores(model, family, [rows[i] for i in indices], tokenizer.pad_token_id or 0)
+        totals = _row_scores(model, [rows[i] for i in indices], tokenizer.pad_token_id or 0)
         for i, total in zip(indices, totals, strict=True):
             scores[rows[i].get("sentence", i)] += total
     return scores
@@ -94,7 +110,7 @@ def _encoder_rows(
 
 
 @torch.no_grad()
-def _row_scores(model: PreTrainedModel, family: Family, rows: list[dict[str, Any]], pad_token_id: int) -> list[float]:
+def _row_scores(model: PreTrainedModel, rows: list[dict[str, Any]], pad_token_id: int) -> list[float]:
     """Return the sum of the log-probabilities of each row's labels; a label is predicted at its own place."""
     length = max(len(row["input_ids"]) for row in rows)
 
@@ -107,11 +123,15 @@ def _row_scores(model: PreTrainedModel, family: Family, rows: list[dict[str, Any
     is_text = torch.tensor(
         [[1] * len(r["labels"]) + [0] * (length - len(r["labels"])) for r in rows], device=model.device
     )
-    states = model.base_model(input_ids=padded("input_ids", pad_token_id), attention_mask=is_text).last_hidden_state
+    inputs = {"input_ids": padded("input_ids", pad_token_id), "attention_mask": is_text}
     predicted = labels != IGNORED
+    if model.config.model_type in _WITH_A_FAMILY:  # the head at these positions only
+        states = model.base_model(**inputs).last_hidden_state[predicted]
+        logits = family_of(model.config).predict(model, states)
+    else:
+        logits = model(**inputs).logits[predicted]
     losses = torch.zeros(labels.shape, device=model.device)
-    logits = family.predict(model, states[predicted]).float()
-    losses[predicted] = cross_entropy(logits, labels[predicted], reduction="none")
+    losses[predicted] = cross_entropy(logits.float(), labels[predicted], reduction="none")
     return (-losses.double().sum(1)).tolist()
 
 
@@ -180,9 +200,9 @@ def perplexity(
     Raises:
         ValueError: an encoder, a stride or window out of range, or no text.
     """
-    if family_of(model.config).objective != "clm":
+    if objective_of(model) != "clm":
         raise ValueError(f"perplexity is for decoders: a {type(model).__name__} predicts masked tokens")
-    most = model.config.max_position_embeddings
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window or 2048
     window = most if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
     if not 1 <= stride <= window <= most:
