@@ -66,8 +66,10 @@ class SharingQuantizer(HfQuantizer):
         finally:
             self.gathered = None
 
-    def _dequantize(self, model: PreTrainedModel, dtype=None) -> PreTrainedModel:
+    def dequantize(self, model: PreTrainedModel, dtype=None) -> PreTrainedModel:
+        """Turn a model that shares into the stock model of the same outputs, in its own dtype if none is given."""
         multiply_out(model)
+        self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
 

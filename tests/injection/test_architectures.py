@@ -13,7 +13,13 @@ SHARINGS = {
     "repeat_all_over": {"depth_sharing": "repeat_all_over", "num_groups": 3},
     "low_rank": {"depth_sharing": "low_rank", "rank": 3, "depth_shared_matrices": "qkvo"},
 }
-SCHEMES = [scheme for scheme in shared_bert.SCHEMES if scheme != "standard"]
+# The others are made of the same parts.
+QUICK = {"pairwise", "shared", "query_free", "shared_kv"}
+SCHEMES = [
+    pytest.param(scheme, marks=() if scheme in QUICK else pytest.mark.slow)
+    for scheme in shared_bert.SCHEMES
+    if scheme != "standard"
+]
 FUSED = ("phi3", "gpt_neox", "gpt2", "modernbert", "deberta")
 # Schemes that make one role from another, or from the input, where these have different numbers of channels.
 UNEQUAL = {
@@ -25,14 +31,9 @@ UNEQUAL = {
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def architecture(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def stock(architecture):
+def stock(request):
     """A stock model, its inputs and its logits."""
-    model, inputs = ARCHITECTURES[architecture].model(), ARCHITECTURES[architecture].inputs()
+    model, inputs = ARCHITECTURES[request.param].model(), ARCHITECTURES[request.param].inputs()
     with torch.no_grad():
         return model, inputs, logits(model, inputs)
 
@@ -77,8 +78,9 @@ def test_depth_sharing(stock, sharing, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_schemes(architecture, stock, scheme, tmp_path):
+def test_schemes(request, stock, scheme, tmp_path):
     model, inputs, _ = stock
+    architecture = request.node.callspec.params["stock"]
     options = {"attention_scheme": scheme, "initialize": True}
     if architecture in FUSED:
         with pytest.raises(ValueError, match="needs separate matrices for query, key and value"):
@@ -92,10 +94,9 @@ def test_schemes(architecture, stock, scheme, tmp_path):
         check_whole(shared, model, inputs, tmp_path)
 
 
-def test_a_scheme_whose_matrices_layers_share(architecture, stock, tmp_path):
+@pytest.mark.parametrize("stock", [name for name in ARCHITECTURES if name not in FUSED], indirect=True)
+def test_a_scheme_whose_matrices_layers_share(stock, tmp_path):
     model, inputs, _ = stock
-    if architecture in FUSED:
-        pytest.skip("has query, key and value in one matrix")
     shared, _ = shared_bert.share(
         model, "shared_kv", "masa", num_atoms=2, depth_shared_matrices="qkvo", initialize=True
     )

@@ -81,6 +81,7 @@ def roles(scheme: str, parameters: list[torch.Tensor]) -> tuple[torch.Tensor, to
     return first, first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["symmetric", "unified", "pairwise", "shared", "query_free", "key_free"])
 def test_no_descent_finds_a_better_layer(scheme):
     model = ARCHITECTURES["llama"].model(num_key_value_heads=4)

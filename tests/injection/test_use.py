@@ -41,9 +41,10 @@ def test_generation_with_every_cache(shared, inputs):
             assert torch.equal(shared.generate(prompt, cache_implementation=cache, **options, **search), expected)
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break(shared, inputs):
     torch._dynamo.reset()
-    compiled = torch.compile(shared, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(shared, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**inputs).logits, shared(**inputs).logits)
     expected = gradients(shared, inputs)
     for name, found in gradients(compiled, inputs).items():
@@ -86,6 +87,16 @@ def test_offloaded(shared, inputs, tmp_path):
     offload = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **offload)
     assert torch.equal(loaded(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_multiplied_out_after_it_was_saved_and_cast(shared, inputs, tmp_path, dtype):
+    shared.save_pretrained(tmp_path)
+    expected = shared(**inputs).logits
+    plain = shared.to(dtype).dequantize()
+    assert plain.dtype == dtype
+    assert not hasattr(plain.config, "quantization_config")
+    torch.testing.assert_close(plain(**inputs).logits.float(), expected, rtol=0.05, atol=0.02)
 
 
 def test_with_and_without_the_head(shared, inputs, tmp_path):
@@ -239,6 +250,7 @@ def test_modules_are_those_of_the_stock_model_but_for_the_shared(llama):
             assert type(other) is type(module)
 
 
+@pytest.mark.slow
 def test_a_detector_learns_boxes(tmp_path):
     """As in the detection runs of MASA's paper (arXiv 2508.04581), but of tiny shape: a square in each image."""
     pytest.importorskip("scipy", reason="the loss of YOLOS needs scipy")
