@@ -244,6 +244,8 @@ def _check_options(
         raise ValueError(f"dictionary_groups={dictionary_groups} are chosen on inputs: give calibration")
     if spread_rank and (config.rank is None or initialize):
         raise ValueError("spread_rank=True spreads the parameters of a rank that is fitted: give rank")
+    if config.coefficient_source == "network" and not (initialize and config.depth_sharing == "masa"):
+        raise ValueError("coefficient_source='network' makes the coefficients of a new 'masa': give initialize=True")
     if initialize and has_inputs:
         raise ValueError("initialize=True starts with random matrices, which calibration does not change: omit one")
 

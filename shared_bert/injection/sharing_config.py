@@ -43,7 +43,12 @@ class SharingConfig(QuantizationConfigMixin):
     to_load: str = "pip install shared_bert, and import shared_bert before from_pretrained"
 
     def __post_init__(self):
-        for name, valid in (("attention_scheme", SCHEMES), ("depth_sharing", DEPTH_SHARING)):
+        for name, valid in (
+            ("attention_scheme", SCHEMES),
+            ("depth_sharing", DEPTH_SHARING),
+            ("coefficient_source", ("direct", "network")),
+            ("coefficient_init", ("depth", "normal")),
+        ):
             value = getattr(self, name)
             if value not in valid:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(valid)}")

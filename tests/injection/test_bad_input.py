@@ -42,6 +42,11 @@ MASA = {"depth_sharing": "masa", "num_atoms": 2}
         ({**MASA, "dictionary_groups": 2}, "dictionary_groups=2 are chosen on inputs: give calibration"),
         ({**MASA, "dictionary_groups": 3}, "dictionary_groups=3 must be at least 1 and at most num_atoms=2"),
         ({**MASA, "spread_rank": True}, "spread_rank=True .*: give rank"),
+        ({**MASA, "coefficient_source": "net"}, "coefficient_source='net' is unknown; choose one of direct, network"),
+        (
+            {**MASA, "coefficient_source": "network"},
+            "'network' makes the coefficients of a new 'masa': give initialize",
+        ),
         ({**MASA, "initialize": True, "calibration": []}, "initialize=True starts with random matrices"),
         (
             {**MASA, "calibration": []},
