@@ -28,7 +28,7 @@ DOCUMENTS = {
     )
 }
 # Records of fine-tuning whose tables are kept.
-SCORES = ("encoders/glue.json",)
+SCORES = ("encoders/glue.json", "minilm_finetuning.json")
 README, MEASUREMENTS = DOCUMENTS["README.md"], DOCUMENTS["model_cards/README.md"]
 
 
@@ -189,7 +189,7 @@ def test_scores_are_redrawn_from_their_records(tmp_path):
 
     for name in SCORES:
         path = ROOT / "model_cards" / name
-        write_scores(load_compared([path]), tmp_path / path.name)
+        write_scores(load_compared([path], may_differ=["bf16"]), tmp_path / path.name)
         table = path.with_suffix(".md").read_text()
         assert (tmp_path / path.with_suffix(".md").name).read_text() == table
         assert table in MEASUREMENTS
