@@ -26,7 +26,8 @@ def autocorrelations(
 
     Args:
         names: of modules of the base model.
-        batches: of the model's inputs. What its masks leave out is not counted.
+        batches: of the model's inputs, or of packed text (`document_ids` in the place of a mask). What the masks leave
+            out is not counted.
 
     Raises:
         ValueError: a map has fewer inputs than channels, or none.
@@ -112,6 +113,9 @@ def _on_device(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tens
                 f"calibration has the token {largest}, and the vocabulary {_vocabulary(model)} tokens: its text "
                 "is of another tokenizer"
             )
+        batch = dict(batch)
+        if "document_ids" in batch:  # of packed text, which stock models read across its documents
+            batch["attention_mask"] = (batch.pop("document_ids") >= 0).long()
         yield {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}
 
 

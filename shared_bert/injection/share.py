@@ -106,8 +106,8 @@ def share(
         targets: the matrices that `depth_sharing` applies to: regular expressions for the ends of their names. By
             default attention's, found by `ATTENTION_NAMES`.
         depth_shared_matrices: without `targets`, "qkv" or "qkvo".
-        calibration: batches of the model's inputs. With them, matrices are fitted to their results on these inputs,
-            not alone.
+        calibration: batches of the model's inputs, or of packed text (see `calibration_batches`). With them, matrices
+            are fitted to their results on these inputs, not alone.
         initialize: start with new random matrices of the old ones' standard deviation, for a model that is to be
             trained from scratch.
         dictionary_groups, spread_rank: see `from_stock`.

@@ -51,6 +51,17 @@ def test_as_conversion_does(bert, batches, options, is_calibrated):
     assert shared.num_parameters() == report.total_after
 
 
+def test_what_is_masked_does_not_count(bert, batches):
+    """Packed text and masks say the same; what stands at the padding is not seen."""
+    options = {"depth_sharing": "low_rank", "rank": 4}
+    expected, _ = shared_bert.share(bert, calibration=batches, **options)
+    changed = batches[0]["input_ids"].clone()
+    changed[1, 7:] = 5
+    packed = [{"input_ids": changed, "document_ids": batches[0]["attention_mask"] - 1}, *batches[1:]]
+    found, _ = shared_bert.share(bert, calibration=packed, **options)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
+
+
 def test_conv1d_is_fitted_as_three_matrices(batches):
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=4, n_head=4, n_positions=64)).eval()
