@@ -1,27 +1,32 @@
 """The parameters of a config by group, next to those of standard attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..injection import sharing_record
+from ..injection.swap import inject
 from ..modeling import SelfAttention
-from ..modeling.depth_sharing import DepthSharing
+from ..modeling.depth_sharing import DepthSharing, SharedMatrix
 from ..training.arguments import ConfigArguments
 from ..training.models import config_fields, make_model
 from ..training.throughput import per_token_modules, training_flops_per_token
 
 # Stock models have their attention's matrices in modules of these names.
-_STOCK_ATTENTION = {"attention", "attn"}
+_STOCK_ATTENTION = {"attention", "attn", "self_attn", "encoder_attn", "SelfAttention", "EncDecAttention"}
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | str | None = None) -> PreTrainedConfig:
     """Read the config of a YAML or JSON file with a `model_type`, or of a saved model's folder.
+
+    A stock model's folder may record what it shares (see `share`).
 
     Args:
         overrides: fields that replace others: a mapping, or "a=1,b=x".
@@ -34,6 +39,10 @@ def load_config(path: str | Path, overrides: dict[str, Any] | str | None = None)
         raise ValueError(f"{path} is not a saved model: it has no config.json")
     source = {"model_name_or_path" if path.is_dir() else "config_name": str(path)}
     try:
+        if path.is_dir() and sharing_record(config := AutoConfig.from_pretrained(path, trust_remote_code=False)):
+            if overrides:
+                raise ValueError("a stock model that shares has no fields to replace")
+            return config
         return AutoConfig.for_model(**config_fields(ConfigArguments(config_overrides=overrides, **source)))
     except (StrictDataclassError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -62,9 +71,27 @@ def model_cost(config: PreTrainedConfig, sequence_length: int) -> Cost:
 
     A coefficient network counts as the coefficients that replace it after training.
     """
+    record = sharing_record(config)
     with torch.device("meta"):
-        model = make_model(type(config).from_dict({**config.to_dict(), "coefficient_source": "direct"}))
+        if record is None:
+            model = make_model(type(config).from_dict({**config.to_dict(), "coefficient_source": "direct"}))
+        else:
+            model = _stock_model(config)
+            inject(model, replace(record, coefficient_source="direct"))
     return cost_of(model, sequence_length)
+
+
+def _stock_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the new stock model that a config names; what it shares is not counted in."""
+    return getattr(transformers, config.architectures[0])(config)
+
+
+def _standard_cost(config: PreTrainedConfig, sequence_length: int) -> Cost:
+    """Return the cost of the model with attention of its own in every layer."""
+    if sharing_record(config) is None:
+        return model_cost(config.with_attention(), sequence_length)
+    with torch.device("meta"):
+        return cost_of(_stock_model(config), sequence_length)
 
 
 def cost_of(model: PreTrainedModel, sequence_length: int, predicted_share: float = 1.0) -> Cost:
@@ -83,12 +110,17 @@ def _parameters_by_group(model: PreTrainedModel) -> dict[str, int]:
     for module in model.modules():
         if isinstance(module, SelfAttention | DepthSharing):
             group_of |= dict.fromkeys(module.modules(), "attention")
+        elif isinstance(module, nn.ModuleDict):  # of a stock model that shares
+            for name, matrix in module.items():
+                if isinstance(matrix, SharedMatrix):
+                    group_of |= dict.fromkeys(matrix.modules(), "MLP" if name.startswith("m") else "attention")
         elif isinstance(module, nn.Embedding):
             group_of[module] = "embeddings"
     per_token = per_token_modules(model)
     for name, module in model.base_model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module in per_token:
-            group_of.setdefault(module, "MLP" if _STOCK_ATTENTION.isdisjoint(name.split(".")) else "attention")
+            group = "MLP" if _STOCK_ATTENTION.isdisjoint(name.split(".")) else "attention"
+            group_of = dict.fromkeys(module.modules(), group) | group_of
     for name, parameter in model.named_parameters():  # gives tied ones once, under their first name
         module = model.get_submodule(name.rpartition(".")[0])
         groups[group_of.get(module, "other")] += parameter.numel()
@@ -104,15 +136,16 @@ def cost_table(config: PreTrainedConfig, sequence_length: int | None = None) -> 
     Raises:
         ValueError: a length that is not from 1 to `max_position_embeddings`.
     """
-    longest = config.max_position_embeddings
+    longest = config.get_text_config().max_position_embeddings
     length = longest if sequence_length is None else sequence_length
     if not 1 <= length <= longest:
         raise ValueError(f"sequence_length={length} must be at least 1 and at most max_position_embeddings={longest}")
-    own, standard = (model_cost(c, length) for c in (config, config.with_attention()))
+    own, standard = model_cost(config, length), _standard_cost(config, length)
     rows = [(group, own.parameters[group], standard.parameters[group]) for group in own.parameters]
     rows.append(("parameters", own.total, standard.total))
     rows.append(("forward FLOPs/token", own.forward_flops, standard.forward_flops))
-    lines = [f"{config.model_type}, {config.attention_scheme}, depth sharing {config.depth_sharing}; rows of {length}"]
+    shares = sharing_record(config) or config
+    lines = [f"{config.model_type}, {shares.attention_scheme}, depth sharing {shares.depth_sharing}; rows of {length}"]
     lines.append(f"{'':20}{'this':>16}{'standard':>16}{'saved':>9}")
     lines += [f"{name:20}{count:16,.0f}{other:16,.0f}{1 - count / other:9.1%}" for name, count, other in rows]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..conversion.families import STOCK_CLASSES, family_of
 from ..conversion.report import attention_parameters
-from ..injection import SharingConfig, replaced_parameters
+from ..injection import SharingConfig, replaced_parameters, sharing_record
 from ..modeling import Scheme
 
 _AUTO_CLASSES = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")]
@@ -117,12 +117,6 @@ def model_card(
         at=f', revision="{revision}"' if revision else "",
         stock=stock,
     )
-
-
-def sharing_record(config: PreTrainedConfig) -> SharingConfig | None:
-    """Return what a stock model shares by its config, or None."""
-    record = getattr(config, "quantization_config", None)
-    return SharingConfig.from_dict(record) if isinstance(record, dict) else record
 
 
 def _auto_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:

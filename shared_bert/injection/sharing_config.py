@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -86,3 +87,11 @@ class SharingConfig(QuantizationConfigMixin):
         if self.layer_ranks is not None:
             return self.layer_ranks[target]
         return [self.rank or 0] * num_layers
+
+
+def sharing_record(config: PreTrainedConfig) -> SharingConfig | None:
+    """Return what a stock model shares by its config, or None."""
+    record = getattr(config, "quantization_config", None)
+    if isinstance(record, dict) and record.get("quant_method") == METHOD:
+        return SharingConfig.from_dict(record)
+    return record if isinstance(record, SharingConfig) else None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import shared_bert
 from shared_bert import SharedBertConfig, SharedGptConfig
 from shared_bert.evaluation import cost_table, load_config, model_cost
 from tests.conftest import LANGUAGE_MODELS, tiny_config, tiny_model
@@ -42,6 +43,25 @@ def test_the_papers_masa():
 def test_every_parameter_is_in_one_group(kind, scheme, sharing):
     config = tiny_config(kind, attention_scheme=scheme, **sharing)
     assert model_cost(config, 8).total == LANGUAGE_MODELS[kind](config).num_parameters()
+
+
+def test_a_stock_model_that_shares(tmp_path, capsys):
+    from tests.injection.architectures import ARCHITECTURES
+
+    llama = ARCHITECTURES["llama"].model()
+    options = {"depth_sharing": "masa", "num_atoms": 2, "coefficient_source": "network", "initialize": True}
+    model, _ = shared_bert.share(llama, targets=["q_proj", "up_proj"], **options)
+    model.save_pretrained(tmp_path)
+    own = model_cost(load_config(tmp_path), 16).parameters
+    projections, ups, matrix = 4 * 32 * 32, 4 * 48 * 32, 4 * 2  # and the coefficients of each
+    rest = 4 * (2 * 16 * 32 + 32 * 32), 4 * 2 * 48 * 32
+    assert own["attention"] == projections // 2 + matrix + rest[0]
+    assert own["MLP"] == ups // 2 + matrix + rest[1]
+    main = runpy.run_path(str(ROOT / "scripts" / "count_parameters.py"))["main"]
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("llama, standard, depth sharing masa; rows of 64")
+    assert f"{llama.num_parameters():,}" in printed
 
 
 def test_a_network_counts_as_its_coefficients():
