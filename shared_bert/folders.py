@@ -42,7 +42,8 @@ def load_model(name_or_path: str, classes: Iterable[type[PreTrainedModel]]) -> P
 
 def load_any_model(name_or_path: str) -> PreTrainedModel:
     """Load a model of this package or of transformers; see `load_model`."""
-    return load_model(name_or_path, {*STOCK_CLASSES, *SHARED_CLASSES, *_named_classes(_read_config(name_or_path))})
+    named = _named_classes(_read_config(name_or_path))
+    return load_model(name_or_path, [*SHARED_CLASSES, *STOCK_CLASSES, *named])
 
 
 def load_sharing_model(name_or_path: str) -> PreTrainedModel:

@@ -218,10 +218,10 @@ def test_from_stock_refuses(convert, stock, text, tmp_path, capsys, options, mes
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
-def test_from_stock_refuses_other_architectures(convert, stock, tmp_path, capsys):
+def test_from_stock_refuses_what_is_no_class(convert, stock, tmp_path, capsys):
     folder = stock("bert")
     config = json.loads((folder / "config.json").read_text())
-    for architectures, named in ((["BertForPreTraining"], "BertForPreTraining"), (None, "model of no named class")):
+    for architectures, named in ((["BertForNothing"], "BertForNothing"), (None, "model of no named class")):
         (folder / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
         message = run(convert, capsys, "from-stock", folder, tmp_path / "out")
         assert f"stock holds a {named} and must be one of BertModel, " in message
