@@ -1,16 +1,19 @@
 """Statistics of a model on calibration text: the inputs of its matrices, and how much each layer changes them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .dense import attention_layers
 from .families import family_of
 
-_TOKENS_READ = 256  # of a batch, whose predictions are compared from layer to layer
+TOKENS_READ = 256  # of a batch, whose predictions are compared from layer to layer
 
 
 @dataclass
@@ -29,6 +32,61 @@ class Calibration:
     drift: list[float]
 
 
+@contextmanager
+def counting_inputs(
+    model: nn.Module, modules: Mapping[str, nn.Module], rows_of: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, int]]]:
+    """Sum over the inputs of modules while a model runs, in eval mode.
+
+    Args:
+        modules: by name.
+        rows_of: takes a name and an input [..., channels], and returns the rows [n, channels] that count.
+
+    Yields:
+        By name, the sums of x·xᵀ in float64, and the numbers of rows.
+    """
+    sums, counts = {}, dict.fromkeys(modules, 0)
+
+    def counter(name: str):
+        def count(module, inputs):
+            rows = rows_of(name, inputs[0]).double()
+            sums[name] = sums[name].addmm_(rows.T, rows) if name in sums else rows.T @ rows
+            counts[name] += len(rows)
+
+        return count
+
+    hooks = [module.register_forward_pre_hook(counter(name)) for name, module in modules.items()]
+    with evaluating(model, hooks):
+        yield sums, counts
+
+
+@contextmanager
+def evaluating(model: nn.Module, hooks: Iterable) -> Iterator[None]:
+    """Put a model into eval mode; restore its mode and remove `hooks` in the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+
+
+def drift_of(
+    before: torch.Tensor, after: torch.Tensor, predict: Callable[[torch.Tensor], torch.Tensor] | None
+) -> torch.Tensor:
+    """Sum the drift (see `Calibration`) over states [n, hidden] of neighbouring layers.
+
+    Args:
+        predict: returns the logits of states, where the model has a vocabulary head.
+    """
+    if predict is None:
+        return (1 - torch.cosine_similarity(before, after, dim=-1)).sum()
+    before, after = (predict(state).log_softmax(-1) for state in (before, after))
+    return nn.functional.kl_div(after, before, log_target=True, reduction="sum")
+
+
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> Calibration:
     """Run a `Shared…` model over batches of its inputs.
@@ -42,32 +100,17 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tenso
     """
     layers = attention_layers(model)
     size = model.config.hidden_size
-    sums = {
-        name: [torch.zeros(size, size, dtype=torch.float64, device=model.device) for _ in layers]
-        for name in ("projection", "output")
-    }
     drift = torch.zeros(len(layers), dtype=torch.float64)
     is_text = None
-
-    def counter(total: torch.Tensor):
-        def count(module, inputs):
-            rows = inputs[0][is_text].double()
-            total.addmm_(rows.T, rows)
-
-        return count
-
-    hooks = [
-        getattr(layer, name).register_forward_pre_hook(counter(totals[i]))
-        for name, totals in sums.items()
-        for i, layer in enumerate(layers)
-    ]
+    maps = ("projection", "output")
+    modules = {f"{name} {i}": getattr(layer, name) for name in maps for i, layer in enumerate(layers)}
     # Heads of other tasks may need inputs of their own; only a vocabulary head is needed here.
     family = family_of(model.config)
-    reader = model if family.is_language_model(model) else model.base_model
-    was_training = model.training
-    model.eval()
+    reader, predict = model.base_model, None
+    if family.is_language_model(model):
+        reader, predict = model, partial(family.predict, model)
     tokens = read = 0
-    try:
+    with counting_inputs(model, modules, lambda name, inputs: inputs[is_text]) as (sums, _):
         for batch in batches:
             if not isinstance(batch, Mapping) or "input_ids" not in batch:
                 raise ValueError("a batch of calibration text must be a mapping with input_ids")
@@ -75,32 +118,18 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tenso
             is_text = _is_text(batch)
             states = reader(**batch, output_hidden_states=True).hidden_states
             tokens += int(is_text.sum())
-            states = [state[is_text][:_TOKENS_READ] for state in states]
+            states = [state[is_text][:TOKENS_READ] for state in states]
             states[:-1] = [family.normed(model, state) for state in states[:-1]]
             read += len(states[0])
             for i, (before, after) in enumerate(pairwise(states)):
-                drift[i] += float(_drift(model, before, after))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+                drift[i] += float(drift_of(before, after, predict))
     if tokens < size:
         raise ValueError(f"the calibration text has {tokens} tokens, fewer than hidden_size={size}: give more")
-    return Calibration(
-        *([total / tokens for total in totals] for totals in sums.values()), drift=(drift / read).tolist()
-    )
+    inputs, contexts = ([sums[f"{name} {i}"] / tokens for i in range(len(layers))] for name in maps)
+    return Calibration(inputs, contexts, drift=(drift / read).tolist())
 
 
 def _is_text(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if "document_ids" in batch:
         return batch["document_ids"] >= 0
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-
-
-def _drift(model: PreTrainedModel, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Sum the drift over [tokens, hidden] states of neighbouring layers."""
-    family = family_of(model.config)
-    if not family.is_language_model(model):
-        return (1 - torch.cosine_similarity(before, after, dim=-1)).sum()
-    before, after = (family.predict(model, state).log_softmax(-1) for state in (before, after))
-    return torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum")

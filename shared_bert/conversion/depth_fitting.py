@@ -61,6 +61,28 @@ def dictionary_groups_of(num_layers: int, num_atoms: int | None, number: int, dr
     return [(start, start + size, n) for start, size, n in zip([0, *cuts], sizes, atoms, strict=True)]
 
 
+def check_fit_options(
+    depth_sharing: str,
+    num_atoms: int | None,
+    rank: int | None,
+    has_inputs: bool,
+    dictionary_groups: int,
+    spread_rank: bool,
+):
+    """Raise a ValueError for options of a fit that do not go with what is fitted."""
+    if dictionary_groups != 1 and depth_sharing != "masa":
+        raise ValueError(
+            f"dictionary_groups={dictionary_groups} splits the dictionary of depth_sharing='masa', not of "
+            f"{depth_sharing!r}"
+        )
+    if not 1 <= dictionary_groups <= (num_atoms or 1):
+        raise ValueError(f"dictionary_groups={dictionary_groups} must be at least 1 and at most num_atoms={num_atoms}")
+    if dictionary_groups > 1 and not has_inputs:
+        raise ValueError(f"dictionary_groups={dictionary_groups} are chosen on inputs: give calibration")
+    if spread_rank and rank is None:
+        raise ValueError("spread_rank=True spreads the parameters of a rank: give rank")
+
+
 def fit_atoms(
     stack: torch.Tensor, config: DepthSharingFields, groups: DictionaryGroups, root: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

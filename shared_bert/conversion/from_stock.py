@@ -11,7 +11,7 @@ from ..modeling.loading import check_loaded
 from .alignment import align_layers, can_align, check_scipy
 from .calibration import calibrate
 from .dense import DenseAttention, SchemeLayer, attention_layers, dense_layers, scheme_layers
-from .depth_fitting import copy_common, dictionary_groups_of, share_depth
+from .depth_fitting import check_fit_options, copy_common, dictionary_groups_of, share_depth
 from .families import STOCK_CLASSES
 from .fitting import FITS, Metric, fit_scheme
 from .report import ConversionReport, attention_parameters, layer_errors
@@ -64,7 +64,9 @@ def from_stock(
     is_ours = type(model) in STOCK_CLASSES
     old_config = model.config if is_ours else standard_config(model)
     config = _new_config(old_config, attention_scheme, depth_sharing, config_fields)
-    _check_options(config, calibration is not None, dictionary_groups, spread_rank)
+    check_fit_options(
+        depth_sharing, config.num_atoms, config.rank, calibration is not None, dictionary_groups, spread_rank
+    )
     keeps_scheme = all(getattr(old_config, field) == getattr(config, field) for field in _SCHEME_FIELDS)
     if not keeps_scheme and attention_scheme not in FITS:
         raise ValueError(f"{attention_scheme=} cannot be fitted; from_stock takes {', '.join(FITS)}")
@@ -116,22 +118,6 @@ def _new_config(
         if name not in _CONFIG_FIELDS:
             raise ValueError(f"{name}={value!r} is not an option of from_stock; valid are {', '.join(_CONFIG_FIELDS)}")
     return old.with_attention(attention_scheme=attention_scheme, depth_sharing=depth_sharing, **config_fields)
-
-
-def _check_options(config: SharedAttentionConfig, has_text: bool, dictionary_groups: int, spread_rank: bool):
-    if dictionary_groups != 1 and config.depth_sharing != "masa":
-        raise ValueError(
-            f"dictionary_groups={dictionary_groups} splits the dictionary of depth_sharing='masa', not of "
-            f"{config.depth_sharing!r}"
-        )
-    if not 1 <= dictionary_groups <= (config.num_atoms or 1):
-        raise ValueError(
-            f"dictionary_groups={dictionary_groups} must be at least 1 and at most num_atoms={config.num_atoms}"
-        )
-    if dictionary_groups > 1 and not has_text:
-        raise ValueError(f"dictionary_groups={dictionary_groups} are chosen on text: give calibration")
-    if spread_rank and config.rank is None:
-        raise ValueError("spread_rank=True spreads the parameters of a rank: give rank")
 
 
 def _check_finite(layers: list[DenseAttention]):

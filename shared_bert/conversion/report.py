@@ -58,12 +58,13 @@ class ConversionReport:
             lines.append(f"layers and atoms of the dictionary's groups: {self.dictionary_groups}")
         if self.layer_ranks:
             lines.append(f"ranks of each layer's matrices: {self.layer_ranks}")
-        lines.append(_saved("attention", self.parameters_before, self.parameters_after))
-        lines.append(_saved("model", self.total_before, self.total_after))
+        lines.append(saved_line("attention", self.parameters_before, self.parameters_after))
+        lines.append(saved_line("model", self.total_before, self.total_after))
         return "\n".join(lines)
 
 
-def _saved(name: str, before: int, after: int) -> str:
+def saved_line(name: str, before: int, after: int) -> str:
+    """Return a line that says how many parameters are saved."""
     share = 1 - after / before
     return f"parameters of the {name}: {before:,} → {after:,} ({abs(share):.1%} {'fewer' if share >= 0 else 'more'})"
 

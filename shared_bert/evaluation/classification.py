@@ -9,15 +9,11 @@ from tqdm.auto import tqdm
 
 from ..data import load_tokenizer
 from ..data.tasks import GLUE, GLUE_ON_THE_HUB, Task, glue_task, load_file, load_from_hub, load_glue, task_of_rows
-from ..training.arguments import FinetuningArguments, read_overrides
+from ..training.arguments import FinetuningArguments, option, read_overrides
 from ..training.finetuning import HEADS, check_max_length, check_model, finetune
 from ..training.metrics import check_metrics, task_metrics
 from .efficiency import environment
 from .records import check_settings, load_records, parse_seeds, record_path, run_settings, save_record, write_scores
-
-
-def _option(default: Any, text: str, **options):
-    return field(default=default, metadata={"help": text, **options})
 
 
 @dataclass(kw_only=True)
@@ -29,16 +25,16 @@ class ClassificationArguments:
     """
 
     model: str = field(metadata={"help": "A folder, or a name on the Hub: of this package or of transformers."})
-    seeds: str = _option("0", "Seeds, separated by commas.")
-    tokenizer_name: str | None = _option(None, "Else the model's own.")
-    max_length: int = _option(128, "Tokens per row at most.")
-    pad_to_max_length: bool = _option(False, "Pad all rows to one length, not each batch to its own.")
-    epoch: str = _option(
+    seeds: str = option("0", "Seeds, separated by commas.")
+    tokenizer_name: str | None = option(None, "Else the model's own.")
+    max_length: int = option(128, "Tokens per row at most.")
+    pad_to_max_length: bool = option(False, "Pad all rows to one length, not each batch to its own.")
+    epoch: str = option(
         "last", "Which epoch counts: last, or the best on the validation data.", choices=["last", "best"]
     )
-    config_overrides: str | None = _option(None, "Config fields, such as dropouts: a=1,b=x.")
-    max_train_samples: int | None = _option(None, "Train on no more rows than this.")
-    max_eval_samples: int | None = _option(None, "Evaluate on no more rows than this.")
+    config_overrides: str | None = option(None, "Config fields, such as dropouts: a=1,b=x.")
+    max_train_samples: int | None = option(None, "Train on no more rows than this.")
+    max_eval_samples: int | None = option(None, "Evaluate on no more rows than this.")
 
     def __post_init__(self):
         self.seed_numbers = parse_seeds(self.seeds)
@@ -55,9 +51,9 @@ class GlueArguments(ClassificationArguments):
         ValueError: see `ClassificationArguments`; an unknown task.
     """
 
-    kind: str = _option("glue", "Of the recipe.", choices=["glue"])
-    tasks: str = _option(",".join(GLUE), "Tasks, separated by commas.")
-    data_dir: str | None = _option(None, "A folder per task; else the Hub.")
+    kind: str = option("glue", "Of the recipe.", choices=["glue"])
+    tasks: str = option(",".join(GLUE), "Tasks, separated by commas.")
+    data_dir: str | None = option(None, "A folder per task; else the Hub.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,26 +80,26 @@ class TaskArguments(ClassificationArguments):
         ValueError: see `ClassificationArguments`; no data, columns that the kind does not take, or an unknown metric.
     """
 
-    kind: str = _option(
+    kind: str = option(
         "text",
         "A label per text or pair, a label per word, or the right choice.",
         choices=["text", "tokens", "choice"],
     )
-    train_file: str | None = _option(None, "A .parquet, .jsonl or .json file.")
-    validation_file: str | None = _option(None, "The same, to evaluate on.")
-    dataset_name: str | None = _option(None, "Instead of files: a data set of the Hub.")
-    dataset_config_name: str | None = _option(None, "The data set's configuration.")
-    validation_split: str = _option("validation", "The data set's split to evaluate on.")
-    text_columns: str | None = _option(
+    train_file: str | None = option(None, "A .parquet, .jsonl or .json file.")
+    validation_file: str | None = option(None, "The same, to evaluate on.")
+    dataset_name: str | None = option(None, "Instead of files: a data set of the Hub.")
+    dataset_config_name: str | None = option(None, "The data set's configuration.")
+    validation_split: str = option("validation", "The data set's split to evaluate on.")
+    text_columns: str | None = option(
         None,
         "text: the column of the text, or the two of a pair, separated by a comma. tokens: the column of the lists of "
         "words. choice: the column of the text before the choices, or two, the second of which begins each choice. "
         "The default is text, for tokens it is tokens.",
     )
-    choice_columns: str | None = _option(None, "choice: the columns of the choices, or the one of their lists.")
-    label_column: str = _option("label", "The column of the labels: numbers from 0, or names.")
-    regression: bool = _option(False, "Labels are numbers to predict, not classes.")
-    metrics: str | None = _option(
+    choice_columns: str | None = option(None, "choice: the columns of the choices, or the one of their lists.")
+    label_column: str = option("label", "The column of the labels: numbers from 0, or names.")
+    regression: bool = option(False, "Labels are numbers to predict, not classes.")
+    metrics: str | None = option(
         None, "Separated by commas; else accuracy, for regression pearson,spearmanr, for spans of words their F1."
     )
 

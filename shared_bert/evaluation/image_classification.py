@@ -1,6 +1,6 @@
 """Image classifiers that share weights, trained from scratch with several seeds."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..data.images import ImageCollator, Images, load_images
 from ..injection import share
-from ..training.arguments import RunArguments, SharingArguments, read_overrides
+from ..training.arguments import RunArguments, SharingArguments, option, read_overrides
 from ..training.finetuning import evaluations
 from ..training.run import run_training, starting_checkpoint
 from ..training.trainer import SafeTrainer
@@ -30,10 +30,6 @@ from .records import check_settings, load_records, parse_seeds, record_path, run
 _OF_MODEL = ("config_name", "config_overrides", "targets", *SharingArguments.__dataclass_fields__)
 
 
-def _option(default: Any, text: str, **options):
-    return field(default=default, metadata={"help": text, **options})
-
-
 @dataclass(kw_only=True)
 class ImageArguments(SharingArguments):
     """The images, and the model that is trained on them.
@@ -42,17 +38,17 @@ class ImageArguments(SharingArguments):
         ValueError: no images or no config_name; a seed that is not a number.
     """
 
-    images: str | None = _option(None, "A folder of images, a folder with MNIST's files, or a data set on the Hub.")
-    image_column: str | None = _option(None, "Of the Hub's data set; else the first of its kind.")
-    label_column: str | None = _option(None, "Of the Hub's data set; else the first of its kind.")
-    config_name: str | None = _option(None, "A YAML or JSON file of the model_type and of config fields.")
-    config_overrides: str | None = _option(None, "Config fields that replace others: a=1,b=x.")
-    targets: str | None = _option(None, "Matrices that layers share, separated by commas; else attention's.")
-    seeds: str = _option("0", "Seeds, separated by commas.")
-    flip: bool = _option(False, "Mirror half of the training images.")
-    shift: bool = _option(False, "Move training images by up to two pixels.")
-    max_train_samples: int | None = _option(None, "Train on no more images than this.")
-    max_eval_samples: int | None = _option(None, "Test on no more images than this.")
+    images: str | None = option(None, "A folder of images, a folder with MNIST's files, or a data set on the Hub.")
+    image_column: str | None = option(None, "Of the Hub's data set; else the first of its kind.")
+    label_column: str | None = option(None, "Of the Hub's data set; else the first of its kind.")
+    config_name: str | None = option(None, "A YAML or JSON file of the model_type and of config fields.")
+    config_overrides: str | None = option(None, "Config fields that replace others: a=1,b=x.")
+    targets: str | None = option(None, "Matrices that layers share, separated by commas; else attention's.")
+    seeds: str = option("0", "Seeds, separated by commas.")
+    flip: bool = option(False, "Mirror half of the training images.")
+    shift: bool = option(False, "Move training images by up to two pixels.")
+    max_train_samples: int | None = option(None, "Train on no more images than this.")
+    max_eval_samples: int | None = option(None, "Test on no more images than this.")
 
     def __post_init__(self):
         for name in ("images", "config_name"):
@@ -93,15 +89,15 @@ class ImageArguments(SharingArguments):
 class ImageTrainingArguments(RunArguments):
     """`TrainingArguments` with defaults for training on images."""
 
-    learning_rate: float = _option(1e-3, "The peak learning rate.")
-    weight_decay: float = _option(0.05, "Decay of tensors of two or more dimensions.")
-    warmup_steps: float = _option(0.1, "Steps of warm-up, or below 1 their share of all steps.")
-    lr_scheduler_type: str = _option("cosine", "How the learning rate falls.")
-    per_device_train_batch_size: int = _option(128, "Images per device and step.")
-    per_device_eval_batch_size: int = _option(256, "Images per device in evaluation.")
-    eval_strategy: str = _option("epoch", "When to evaluate: no, steps or epoch.")
-    save_strategy: str = _option("no", "When to save checkpoints: no, steps or epoch.")
-    logging_strategy: str = _option("epoch", "When to log: no, steps or epoch.")
+    learning_rate: float = option(1e-3, "The peak learning rate.")
+    weight_decay: float = option(0.05, "Decay of tensors of two or more dimensions.")
+    warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 their share of all steps.")
+    lr_scheduler_type: str = option("cosine", "How the learning rate falls.")
+    per_device_train_batch_size: int = option(128, "Images per device and step.")
+    per_device_eval_batch_size: int = option(256, "Images per device in evaluation.")
+    eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = option("no", "When to save checkpoints: no, steps or epoch.")
+    logging_strategy: str = option("epoch", "When to log: no, steps or epoch.")
 
 
 def run_images(arguments: ImageArguments, training_args: ImageTrainingArguments) -> list[dict[str, Any]]:

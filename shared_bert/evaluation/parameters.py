@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..injection import sharing_record
+from ..injection.sharing_config import sharing_record
 from ..injection.swap import inject
 from ..modeling import SelfAttention
 from ..modeling.depth_sharing import DepthSharing, SharedMatrix

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..conversion.families import STOCK_CLASSES, family_of
 from ..conversion.report import attention_parameters
-from ..injection import SharingConfig, replaced_parameters, sharing_record
+from ..injection.share import replaced_parameters
+from ..injection.sharing_config import SharingConfig, sharing_record
 from ..modeling import Scheme
 
 _AUTO_CLASSES = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")]

@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .. import modeling
 from ..conversion.stock import to_stock
 from ..folders import TOKENIZER_FILES, copy_tokenizer
-from ..injection import sharing_record
+from ..injection.sharing_config import sharing_record
 from .cards import MARK, model_card, read_json
 
 _CODE = {path.name for path in Path(modeling.__file__).parent.glob("*.py")}

@@ -30,11 +30,6 @@ class AttentionNames:
     fused: str | None = None
     by_head: bool = False
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The matrices that read the block's input."""
-        return (self.fused,) if self.fused else (self.query, self.key, self.value)
-
 
 ATTENTION_NAMES = [
     AttentionNames("o_proj", "q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Gemma, Mistral, ViT, DINOv2
@@ -165,14 +160,11 @@ def find_targets(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
         fitting = [name for name in names if form.fullmatch(name)]
         if not fitting:
             raise ValueError(
-                f"targets: {target!r} fits no matrix of {type(model).__name__}, which has {_known(patterns)}"
+                f"targets: {target!r} fits no matrix of {type(model).__name__}, which has "
+                f"{', '.join(dict.fromkeys(patterns.values()))}"
             )
         alone = [name for name in fitting if name not in patterns]
         if alone:
             raise ValueError(f"targets: {target!r} fits {alone[0]}, which has no counterpart in other layers")
         found |= dict.fromkeys(patterns[name] for name in fitting)
     return list(found)
-
-
-def _known(patterns: dict[str, str]) -> str:
-    return ", ".join(dict.fromkeys(patterns.values()))

@@ -11,7 +11,8 @@ from ..modeling.configuration_shared_attention import DEPTH_SHARING
 from .yaml_files import load_yaml
 
 
-def _argument(default: Any, text: str, **options):
+def option(default: Any, text: str, **options):
+    """Return a dataclass field that is an option of a command, with its help."""
     return field(default=default, metadata={"help": text, **options})
 
 
@@ -23,9 +24,9 @@ class ConfigArguments:
         ValueError: two models or none; invalid overrides.
     """
 
-    model_name_or_path: str | None = _argument(None, "A trained model to continue training; else see config_name.")
-    model_type: str | None = _argument(None, "shared_bert or shared_gpt, where config_name does not say.")
-    config_name: str | None = _argument(None, "A YAML or JSON file of config fields, for a new model.")
+    model_name_or_path: str | None = option(None, "A trained model to continue training; else see config_name.")
+    model_type: str | None = option(None, "shared_bert or shared_gpt, where config_name does not say.")
+    config_name: str | None = option(None, "A YAML or JSON file of config fields, for a new model.")
     config_overrides: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Config fields that replace others: a mapping in YAML, else a=1,b=x."}
     )
@@ -50,12 +51,10 @@ class ModelArguments(ConfigArguments):
         ValueError: see `ConfigArguments`; two tokenizers or none.
     """
 
-    attn_implementation: str | None = _argument(
-        None, "eager, sdpa, flex_attention, flash_attention_2 …; else the best."
-    )
-    tokenizer_name: str | None = _argument(None, "A tokenizer on the Hub or a folder; else the model's own.")
-    tokenizer_vocab_size: int | None = _argument(None, "Train a tokenizer of this size on the training text.")
-    tokenizer_lowercase: bool = _argument(True, "Whether a WordPiece tokenizer trained here is uncased.")
+    attn_implementation: str | None = option(None, "eager, sdpa, flex_attention, flash_attention_2 …; else the best.")
+    tokenizer_name: str | None = option(None, "A tokenizer on the Hub or a folder; else the model's own.")
+    tokenizer_vocab_size: int | None = option(None, "Train a tokenizer of this size on the training text.")
+    tokenizer_lowercase: bool = option(True, "Whether a WordPiece tokenizer trained here is uncased.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,25 +84,25 @@ class DataArguments:
         ValueError: mlm_probability is not above 0 and at most 1.
     """
 
-    dataset_name: str | None = _argument(None, "A data set of the Hub, or the built-in python-docs.")
-    dataset_config_name: str | None = _argument(None, "The data set's configuration.")
-    train_file: str | None = _argument(None, "A local .txt, .jsonl, .json or .parquet file, a folder or a glob.")
-    validation_file: str | None = _argument(None, "The same, to evaluate on.")
-    text_column: str = _argument("text", "The column that holds the text.")
-    sample_by: str = _argument(
+    dataset_name: str | None = option(None, "A data set of the Hub, or the built-in python-docs.")
+    dataset_config_name: str | None = option(None, "The data set's configuration.")
+    train_file: str | None = option(None, "A local .txt, .jsonl, .json or .parquet file, a folder or a glob.")
+    validation_file: str | None = option(None, "The same, to evaluate on.")
+    text_column: str = option("text", "The column that holds the text.")
+    sample_by: str = option(
         "document", "The documents of a text file: its lines, its paragraphs or the whole (document)."
     )
-    streaming: bool = _argument(False, "Read the text while training. Needs max_steps.")
-    validation_split: float = _argument(
+    streaming: bool = option(False, "Read the text while training. Needs max_steps.")
+    validation_split: float = option(
         0.02, "Share of the training text to evaluate on, if there is no validation split."
     )
-    max_train_samples: int | None = _argument(None, "Train on no more documents than this.")
-    max_eval_samples: int | None = _argument(None, "Evaluate on no more documents than this.")
-    preprocessing_num_workers: int | None = _argument(None, "Processes that tokenize.")
-    block_size: int = _argument(512, "Tokens per row.")
-    separate_documents: bool = _argument(True, "Keep the documents that share a row from seeing one another.")
-    mlm_probability: float = _argument(0.15, "Share of the tokens that a masked model predicts.")
-    whole_word_mask: bool = _argument(False, "Mask all pieces of a word together.")
+    max_train_samples: int | None = option(None, "Train on no more documents than this.")
+    max_eval_samples: int | None = option(None, "Evaluate on no more documents than this.")
+    preprocessing_num_workers: int | None = option(None, "Processes that tokenize.")
+    block_size: int = option(512, "Tokens per row.")
+    separate_documents: bool = option(True, "Keep the documents that share a row from seeing one another.")
+    mlm_probability: float = option(0.15, "Share of the tokens that a masked model predicts.")
+    whole_word_mask: bool = option(False, "Mask all pieces of a word together.")
 
     def __post_init__(self):
         if not 0 < self.mlm_probability <= 1:
@@ -114,12 +113,12 @@ class DataArguments:
 class SharingArguments:
     """What a model shares; see `SharedAttentionConfig`."""
 
-    attention_scheme: str = _argument("standard", "Which matrices make query, key and value.", choices=[*SCHEMES])
-    depth_sharing: str = _argument("none", "How matrices are shared over the depth.", choices=[*DEPTH_SHARING])
-    depth_shared_matrices: str = _argument("qkv", "Which matrices depth_sharing is for.", choices=["qkv", "qkvo"])
-    num_atoms: int | None = _argument(None, "Matrices in each dictionary of masa.")
-    num_groups: int | None = _argument(None, "Groups of layers of sequential and repeat_all_over.")
-    rank: int | None = _argument(None, "Of low_rank; with the others, of what each layer adds to its shared matrices.")
+    attention_scheme: str = option("standard", "Which matrices make query, key and value.", choices=[*SCHEMES])
+    depth_sharing: str = option("none", "How matrices are shared over the depth.", choices=[*DEPTH_SHARING])
+    depth_shared_matrices: str = option("qkv", "Which matrices depth_sharing is for.", choices=["qkv", "qkvo"])
+    num_atoms: int | None = option(None, "Matrices in each dictionary of masa.")
+    num_groups: int | None = option(None, "Groups of layers of sequential and repeat_all_over.")
+    rank: int | None = option(None, "Of low_rank; with the others, of what each layer adds to its shared matrices.")
 
 
 @dataclass
@@ -130,16 +129,16 @@ class ConversionArguments(SharingArguments):
         ValueError: calibration_tokens without calibration.
     """
 
-    targets: str | None = _argument(
+    targets: str | None = option(
         None, "Matrices that depth_sharing is for, by the ends of their names, separated by commas; else attention's."
     )
 
-    num_key_value_heads: int | None = _argument(None, "Fewer heads for key and value.")
-    dictionary_groups: int = _argument(1, "Split the dictionary of masa into this many.")
-    spread_rank: bool = _argument(False, "Spread the rank over the matrices that need it.")
-    align: bool = _argument(True, "Rotate and reorder heads before they are shared.")
-    calibration: str | None = _argument(None, "Text to fit to: a file, or the name of a data set.")
-    calibration_tokens: int | None = _argument(None, "How much of it; 65,536 by default.")
+    num_key_value_heads: int | None = option(None, "Fewer heads for key and value.")
+    dictionary_groups: int = option(1, "Split the dictionary of masa into this many.")
+    spread_rank: bool = option(False, "Spread the rank over the matrices that need it.")
+    align: bool = option(True, "Rotate and reorder heads before they are shared.")
+    calibration: str | None = option(None, "Text to fit to: a file, or the name of a data set.")
+    calibration_tokens: int | None = option(None, "How much of it; 65,536 by default.")
 
     def __post_init__(self):
         if self.calibration_tokens is not None and self.calibration is None:
@@ -154,11 +153,11 @@ class RunArguments(TrainingArguments):
         ValueError: no output_dir; resume_from_checkpoint with overwrite_output_dir; a negative seed.
     """
 
-    overwrite_output_dir: bool = _argument(False, "Replace the run that output_dir holds.")
+    overwrite_output_dir: bool = option(False, "Replace the run that output_dir holds.")
     # The filter waits for the device at every step, and hides the losses that `SafeTrainer` stops at.
-    logging_nan_inf_filter: bool = _argument(False, "Leave losses out of the log that are NaN or infinite.")
+    logging_nan_inf_filter: bool = option(False, "Leave losses out of the log that are NaN or infinite.")
     # The other processes wait this long while the first one tokenizes.
-    ddp_timeout: int = _argument(6 * 3600, "Seconds that processes wait for one another.")
+    ddp_timeout: int = option(6 * 3600, "Seconds that processes wait for one another.")
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit the Hub's token from `training_args.bin`, which Trainer pickles into every checkpoint."""
@@ -191,12 +190,12 @@ class PretrainingArguments(RunArguments):
         ValueError: see `RunArguments`; options that would break the batches.
     """
 
-    learning_rate: float = _argument(1e-4, "The peak learning rate.")
-    weight_decay: float = _argument(0.01, "Decay of tensors of two or more dimensions.")
+    learning_rate: float = option(1e-4, "The peak learning rate.")
+    weight_decay: float = option(0.01, "Decay of tensors of two or more dimensions.")
     # The collators read columns (index, epoch) that the model does not take.
-    remove_unused_columns: bool = _argument(False, "Drop what the model does not take before collation.")
+    remove_unused_columns: bool = option(False, "Drop what the model does not take before collation.")
     # Every parameter of these models has a gradient in every step; searching for others costs time.
-    ddp_find_unused_parameters: bool | None = _argument(False, "Search for parameters without a gradient.")
+    ddp_find_unused_parameters: bool | None = option(False, "Search for parameters without a gradient.")
     # Batches contain plain numbers as well as tensors, which one process cannot split for the others.
     accelerator_config: dict | str | None = field(
         default_factory=lambda: {"dispatch_batches": False}, metadata={"help": "Of accelerate: a dict or a JSON file."}
@@ -217,14 +216,14 @@ class PretrainingArguments(RunArguments):
 class FinetuningArguments(RunArguments):
     """`TrainingArguments` with defaults for fine-tuning."""
 
-    learning_rate: float = _argument(2e-5, "The peak learning rate.")
-    head_learning_rate: float | None = _argument(None, "Of parameters outside the base model; else learning_rate.")
-    weight_decay: float = _argument(0.01, "Decay of tensors of two or more dimensions.")
-    warmup_steps: float = _argument(0.1, "Steps of warm-up, or below 1 their share of all steps.")
-    per_device_train_batch_size: int = _argument(32, "Rows per device and step.")
-    per_device_eval_batch_size: int = _argument(64, "Rows per device in evaluation.")
+    learning_rate: float = option(2e-5, "The peak learning rate.")
+    head_learning_rate: float | None = option(None, "Of parameters outside the base model; else learning_rate.")
+    weight_decay: float = option(0.01, "Decay of tensors of two or more dimensions.")
+    warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 their share of all steps.")
+    per_device_train_batch_size: int = option(32, "Rows per device and step.")
+    per_device_eval_batch_size: int = option(64, "Rows per device in evaluation.")
     # Rows of similar lengths need little padding.
-    train_sampling_strategy: str = _argument("group_by_length", "random, group_by_length or sequential.")
-    eval_strategy: str = _argument("epoch", "When to evaluate: no, steps or epoch.")
-    save_strategy: str = _argument("no", "When to save checkpoints: no, steps or epoch.")
-    logging_strategy: str = _argument("epoch", "When to log: no, steps or epoch.")
+    train_sampling_strategy: str = option("group_by_length", "random, group_by_length or sequential.")
+    eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = option("no", "When to save checkpoints: no, steps or epoch.")
+    logging_strategy: str = option("epoch", "When to log: no, steps or epoch.")
