@@ -1,0 +1,222 @@
+"""What smaller attention costs a trained decoder: conversions of several sizes, fitted and healed, on held-out text."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import calibration_batches, load_documents
+from ..injection import share
+from ..injection.linear import features
+from ..injection.targets import find_attention, layer_names, linear_maps
+from ..training import DataArguments, PretrainingArguments, heal
+from .efficiency import environment
+from .likelihood import blimp_accuracy, perplexity
+from .records import save_record
+
+SAVED = (0.1, 0.2, 0.33, 0.5)
+_CALIBRATION_TOKENS = 2**16
+_BLOCK_SIZE = 512
+_BATCH_SIZE = 8
+_WINDOW = 1024  # tokens that perplexity reads at once
+_STAGES = ("fitted", "healed")
+_NAMES = (
+    "masa",
+    "masa, 3 groups",
+    "masa, 3 atoms in 3 groups, + rank",
+    "masa, 1 atom, + rank",
+    "low_rank",
+    "sequential",
+)
+
+
+def conversions(model: PreTrainedModel, saved: float) -> dict[str, dict[str, Any]]:
+    """Return the options of `share` that remove the fraction `saved` of attention's parameters, by name.
+
+    The rank of `low_rank` is the mean; `spread_rank` gives each matrix its part of it.
+    """
+    maps = linear_maps(model.base_model)
+    (stack,) = find_attention(model.base_model)
+    layers = {role: layer_names(maps, stack[role]) for role in ("query", "key", "value", "output")}
+    shapes = [features(maps[names[0]]) for names in layers.values()]
+    per_layer = sum(rows * columns for rows, columns in shapes)
+    per_rank = sum(rows + columns for rows, columns in shapes)
+    num_layers = len(layers["query"])
+    kept = (1 - saved) * num_layers  # in layers
+
+    def residual(atoms: int) -> dict[str, Any]:
+        return {"rank": int((kept - atoms) * per_layer / (num_layers * per_rank)), "spread_rank": True}
+
+    atoms = round(kept)
+    masa = {"depth_sharing": "masa", "num_atoms": atoms}
+    rows = (
+        masa,
+        {**masa, "dictionary_groups": 3},
+        {**masa, "num_atoms": 3, "dictionary_groups": 3, **residual(3)},
+        {**masa, "num_atoms": 1, **residual(1)},
+        {"depth_sharing": "low_rank", **residual(0)},
+        {"depth_sharing": "sequential", "num_groups": atoms},
+    )
+    return {name: {**row, "depth_shared_matrices": "qkvo"} for name, row in zip(_NAMES, rows, strict=True)}
+
+
+@dataclass
+class DecoderConversions:
+    """Measure the conversions of a decoder: its perplexity on text and its accuracy on minimal pairs (BLiMP).
+
+    Args:
+        original: a causal language model.
+        held_out: texts for the perplexity.
+        pairs: of BLiMP (see `blimp_accuracy`).
+        text: a file to calibrate and heal on.
+        heal_steps: steps of healing, the same for all; 0 heals nothing.
+    """
+
+    original: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    held_out: list[str]
+    pairs: list[dict[str, str]]
+    text: str
+    heal_steps: int = 200
+    calibration: list[dict[str, torch.Tensor]] = field(init=False)
+
+    def __post_init__(self):
+        documents = load_documents(train_file=self.text)["train"]
+        batches = calibration_batches(documents, self.tokenizer, _CALIBRATION_TOKENS, _BLOCK_SIZE)
+        self.calibration = list(batches)
+
+    def quality(self, model: PreTrainedModel) -> dict[str, float]:
+        model.eval()
+        found = perplexity(model, self.tokenizer, self.held_out, window=_WINDOW)
+        blimp = blimp_accuracy(model, self.tokenizer, self.pairs)["overall"]
+        return {"perplexity": found["per_token"], "per_word": found["per_word"], "blimp": blimp["accuracy"]}
+
+    def run(self, output: Path, saved: Iterable[float] = SAVED, names: Iterable[str] | None = None):
+        """Measure the rows `names` (all by default) at each size, and write a record of each into `output`.
+
+        Rows that have a record are skipped, so that an interrupted run can be continued, and several processes can
+        share the work. `results.json`, `results.md` and `results.png` have what is there in the end.
+        """
+        output.mkdir(parents=True, exist_ok=True)
+        self._record(output / "original.json", self.measure_original)
+        for fraction in saved:
+            options = conversions(self.original, fraction)
+            for name in names or options:
+                path = output / f"{name.replace(' ', '_').replace(',', '')}-{fraction}.json"
+                self._record(path, partial(self.measure, name, fraction, options[name]))
+        write_results(output)
+
+    def _record(self, path: Path, measure: Callable[[], dict[str, Any]]):
+        if path.exists():
+            return
+        print(f"\n== {path.stem}", flush=True)
+        record = {**measure(), "text": Path(self.text).name, **environment(self.original.device.type)}
+        save_record(path, record)
+        print({stage: record[stage] for stage in _STAGES if stage in record}, flush=True)
+
+    def measure_original(self) -> dict[str, Any]:
+        quality = self.quality(self.original)
+        return {"name": "original", "saved": 0.0, "parameters": self.original.num_parameters(), "fitted": quality}
+
+    def measure(self, name: str, wanted: float, options: dict[str, Any]) -> dict[str, Any]:
+        """Convert, and heal what was converted."""
+        converted, report = share(self.original, calibration=self.calibration, **options)
+        row = {
+            "name": name,
+            "options": options,
+            "wanted": wanted,
+            "saved": 1 - report.parameters_after / report.parameters_before,
+            "parameters": report.total_after,
+            "fitted": self.quality(converted),
+            "report": report.to_dict(),
+        }
+        if self.heal_steps:
+            row["healing"] = self.heal(converted)
+            row["healed"] = self.quality(converted)
+        return row
+
+    def heal(self, converted: PreTrainedModel) -> dict[str, float]:
+        on_gpu = self.original.device.type == "cuda"
+        with tempfile.TemporaryDirectory() as folder:
+            training_args = PretrainingArguments(
+                output_dir=folder,
+                max_steps=self.heal_steps,
+                per_device_train_batch_size=_BATCH_SIZE,
+                learning_rate=3e-4,
+                weight_decay=0.0,
+                warmup_steps=0.05,
+                lr_scheduler_type="cosine",
+                logging_steps=20,
+                save_strategy="no",
+                disable_tqdm=True,
+                bf16=on_gpu,
+                use_cpu=not on_gpu,
+            )
+            data_args = DataArguments(train_file=self.text, block_size=_BLOCK_SIZE, max_eval_samples=32)
+            metrics = heal(converted, self.original, self.tokenizer, data_args, training_args)
+        tokens = self.heal_steps * _BATCH_SIZE * _BLOCK_SIZE
+        return {"tokens": tokens, "seconds": metrics["train_runtime"], "eval_loss": metrics["eval_loss"]}
+
+
+def write_results(folder: Path):
+    """Write the table and the plot of the records in a folder to `results.json`, `results.md` and `results.png`.
+
+    Raises:
+        ValueError: the folder has no record of the original.
+    """
+    if not (path := folder / "original.json").exists():
+        raise ValueError(f"{folder} has no original.json")
+    original = json.loads(path.read_text())
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+    rows.sort(key=lambda row: (row["wanted"], _NAMES.index(row["name"])))
+    result = {"original": original, "rows": rows}
+    (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "results.md").write_text(table(result))
+    draw(result, folder / "results.png")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the results as a Markdown table: perplexity per token, and BLiMP in percent."""
+    stages = [stage for stage in _STAGES if any(stage in row for row in result["rows"])]
+    header = ["", "attention saved", *(f"{what}, {stage}" for what in ("perplexity", "BLiMP") for stage in stages)]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for row in (result["original"], *result["rows"]):
+        cells = [f"`{row['name']}`", f"{row['saved']:.1%}"]
+        for key, number in (("perplexity", _perplexity), ("blimp", "{:.1%}".format)):
+            cells += [number(row[stage][key]) if stage in row else "" for stage in stages]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def draw(result: dict[str, Any], path: Path):
+    """Draw perplexity and BLiMP against the attention parameters that are left, with the original as a line."""
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    for place, (key, label) in enumerate((("perplexity", "perplexity per token"), ("blimp", "BLiMP accuracy"))):
+        axes = figure.add_subplot(1, 2, place + 1, xlabel="attention parameters kept (%)", ylabel=label)
+        axes.axhline(result["original"]["fitted"][key], color="#555555", linewidth=1, label="original")
+        for number, name in enumerate(_NAMES):
+            for stage, style in zip(_STAGES, (":", "-"), strict=True):
+                rows = [row for row in result["rows"] if row["name"] == name and stage in row]
+                if rows:
+                    kept, values = [100 * (1 - row["saved"]) for row in rows], [row[stage][key] for row in rows]
+                    axes.plot(
+                        kept, values, style, marker="osD^v*"[number], color=f"C{number}", label=f"{name}, {stage}"
+                    )
+        if key == "perplexity":
+            axes.set_yscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path)
