@@ -1,4 +1,4 @@
-"""What smaller attention costs a trained decoder: conversions of several sizes, fitted and healed, on held-out text."""
+"""What smaller attention costs a trained decoder: conversions of several sizes, fitted and healed."""
 
 import json
 import tempfile
