@@ -295,6 +295,12 @@ def _fit_shared_kv(heads: Heads, metric: Metric, config) -> SchemeLayer:
     return SchemeLayer({"q": query, "k": joined(new), "o": output_of(heads, value @ heads.output)})
 
 
+def least_squares(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the W of least norm that minimises ‖inputs·W - targets‖, for batches of matrices."""
+    # CUDA solves inputs of full rank only.
+    return torch.linalg.lstsq(inputs.cpu(), targets.cpu(), driver="gelsd").solution.to(inputs.device)
+
+
 def _slices(metric: Metric, number: int) -> torch.Tensor:
     """C^½·E of each head, where E picks the head's slice of the input: [heads, hidden, head_dim]."""
     return metric.root.unflatten(1, (number, -1)).transpose(0, 1)
@@ -302,7 +308,7 @@ def _slices(metric: Metric, number: int) -> torch.Tensor:
 
 def _slice_regression(metric: Metric, matrix: torch.Tensor) -> torch.Tensor:
     """Predict x·matrix of each head from its slice of x: [heads, head_dim, head_dim]."""
-    return torch.linalg.lstsq(_slices(metric, len(matrix)), metric.root @ matrix).solution
+    return least_squares(_slices(metric, len(matrix)), metric.root @ matrix)
 
 
 def _fit_query_free(heads: Heads, metric: Metric, config) -> SchemeLayer:
@@ -314,7 +320,7 @@ def _fit_query_free(heads: Heads, metric: Metric, config) -> SchemeLayer:
         norm = _norm(logits @ metric.root)
         slices = _slices(metric, len(norm))
         stacked = ((rows / norm).unflatten(0, (-1, groups)).flatten(1, 2) for rows in (slices, logits))
-        key = torch.linalg.lstsq(*stacked).solution.mT
+        key = least_squares(*stacked).mT
     return SchemeLayer({"k": joined(key), **_value(heads, metric, groups)})
 
 
@@ -351,7 +357,7 @@ FITS = {
 def _query_bias(heads: Heads, metric: Metric, new_key: torch.Tensor) -> torch.Tensor:
     """Return the query bias [heads, head_dim] that adds to the logits of each key what the old one did."""
     target = heads.key @ heads.query_bias[..., None]
-    return torch.linalg.lstsq(metric.root @ new_key, metric.root @ target, driver="gelsd").solution.squeeze(-1)
+    return least_squares(metric.root @ new_key, metric.root @ target).squeeze(-1)
 
 
 def _size_of(*matrices: torch.Tensor) -> torch.Tensor:

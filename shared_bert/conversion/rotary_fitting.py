@@ -24,7 +24,7 @@ elsewhere, the key's bias matters: both biases are fitted as one more channel of
 import torch
 
 from .dense import Affine, DenseAttention, SchemeLayer, repeat_heads
-from .fitting import FITS, AttentionFields, Heads, Metric, output_of
+from .fitting import FITS, AttentionFields, Heads, Metric, least_squares, output_of
 
 _LEAST = 1e-30
 
@@ -149,5 +149,5 @@ def _value(
     heads = Heads.of(layer, head_dim)
     new = repeat_heads(made_from, head_dim, len(layer.value.weight) // len(made_from.weight))
     new_heads = new.weight.unflatten(0, (-1, head_dim)).mT
-    inside = torch.linalg.lstsq(metric.root @ new_heads, metric.root @ heads.value, driver="gelsd").solution
+    inside = least_squares(metric.root @ new_heads, metric.root @ heads.value)
     return {"o": output_of(heads, inside @ heads.output, new.bias.unflatten(0, (-1, head_dim)))}

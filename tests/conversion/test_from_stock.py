@@ -580,3 +580,16 @@ def test_a_model_without_biases_stays_without(input_ids):
     larger, report = from_stock(model, "standard")
     assert "more)" in str(report)
     assert_same_outputs(model, larger, input_ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(
+    "options", [*({"attention_scheme": name} for name in SCHEMES), FULL_CAPACITY[0], {**FULL_CAPACITY[2], "rank": 3}]
+)
+def test_a_gpu_fits_as_the_cpu(kind, options, input_ids, batches):
+    stock = random_stock(kind)
+    expected, _ = from_stock(stock, calibration=batches, **options)
+    found, _ = from_stock(stock.cuda(), calibration=batches, **options)
+    assert found.device.type == "cuda"
+    assert_same_outputs(expected, found.cpu(), input_ids, tolerance=1e-2)
