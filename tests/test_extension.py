@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import shared_bert
 from shared_bert.conversion import families
-from shared_bert.conversion.alignment import align_layers
+from shared_bert.conversion.alignment import Freedom, align_layers
 from shared_bert.conversion.dense import Affine, SchemeLayer
 from shared_bert.evaluation import cost_table
 from shared_bert.modeling.configuration_shared_attention import checked
@@ -75,7 +75,7 @@ def test_matrices_in_several_roles_turn_once(monkeypatch, scheme):
         query, key, value = (layer.matrices[role].weight.view(4, 8, 32) for role in scheme.roles)
         return query.mT @ key, value.mT @ layer.matrices["o"].weight.T.view(4, 8, 32)
 
-    aligned = align_layers(layers, config, [(0, 2, 1)])
+    aligned = align_layers(layers, scheme, Freedom.of(scheme, 4), config.shared_widths, config, [(0, 2, 1)])
     moved = sum(
         (new.matrices["q"].weight - old.matrices["q"].weight).norm() for new, old in zip(aligned, layers, strict=True)
     )

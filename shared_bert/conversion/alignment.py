@@ -1,43 +1,101 @@
 """Heads rotated and reordered, attention unchanged, so that the layers come closer to one another.
 
 The heads of a layer may stand in any order, and the query and key of a head, or its value and output, may be rotated
-together. The alignment alternates between fitting the shared matrices and bringing every layer nearer to its fit
+together. Where positions rotate queries and keys (RoPE), only what commutes with that is free: a rotation of each pair
+of channels. The alignment alternates between fitting the shared matrices and bringing every layer nearer to its fit
 (orthogonal Procrustes; the heads' order by the assignment with the largest gain), so the squared error only falls.
 Zhussip et al. (arXiv 2508.04581) do not align.
 """
 
 import importlib.util
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..modeling import Scheme, SharedAttentionConfig
+from ..modeling import Scheme
 from .dense import Affine, SchemeLayer
-from .depth_fitting import DictionaryGroups, layer_coefficients
+from .depth_fitting import DepthSharingFields, DictionaryGroups, layer_coefficients
 from .fitting import nearest_rotation
+from .rotary_fitting import multiplication
 
 _MAX_ITERATIONS = 100
 _LEAST_GAIN = 1e-4  # of the fit's squared norm, in one iteration
 
 
-def turning_together(scheme: Scheme) -> list[tuple[str, ...]]:
-    """Return the groups of a head's matrices that one rotation may turn without a change of attention.
+@dataclass(frozen=True)
+class Turn:
+    """The rotations that a head's channels are free to take.
 
-    The query's turns with the key's and the value's with the output's ("o", on its inputs); groups with a matrix in
-    common are one. The input itself cannot be turned, nor what turns with it.
+    Attributes:
+        nearest: takes a matrix [..., n, head_dim] and a target, and returns the rotation [..., head_dim, head_dim]
+            that brings the one closest to the other.
+        gain: takes their product matrixᵀ·target, and returns their inner product after that rotation.
     """
-    if not scheme.ingredient.can_turn:
-        return []
-    first, second = {scheme.query, scheme.key}, {scheme.value, "o"}
-    groups = [first | second] if first & second else [first, second]
-    in_order = (*scheme.matrices, "o")
-    return [tuple(name for name in in_order if name in group) for group in groups if "x" not in group]
+
+    nearest: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    gain: Callable[[torch.Tensor], torch.Tensor]
 
 
-def can_align(config: SharedAttentionConfig) -> bool:
-    """Return whether layers share matrices, and every head has a key and a value of its own."""
-    shares = config.depth_sharing not in ("none", "low_rank")
-    return shares and config.num_key_value_heads == config.num_attention_heads
+def _pair_products(products: torch.Tensor) -> torch.Tensor:
+    """Return the complex inner product of each pair of channels j and j + head_dim / 2."""
+    half = products.shape[-1] // 2
+    same = products.diagonal(dim1=-2, dim2=-1)
+    upper, lower = (products.diagonal(offset, -2, -1) for offset in (half, -half))
+    return torch.complex(same[..., :half] + same[..., half:], upper - lower)
+
+
+def _nearest_turn_of_pairs(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return multiplication(torch.polar(torch.ones((), dtype=matrix.dtype), _pair_products(matrix.mT @ target).angle()))
+
+
+ANY_ROTATION = Turn(nearest_rotation, lambda products: torch.linalg.svdvals(products).sum(-1))
+TURN_OF_PAIRS = Turn(_nearest_turn_of_pairs, lambda products: _pair_products(products).abs().sum(-1))
+
+
+@dataclass
+class Freedom:
+    """What may be done to the heads of a layer without a change of attention.
+
+    Attributes:
+        heads: of keys; grouped query heads move and turn with theirs.
+        turns: of the matrices that turn together, by their names ("o" is the output's, on its inputs).
+        reorders: whether heads may stand in any order.
+    """
+
+    heads: int
+    turns: dict[tuple[str, ...], Turn]
+    reorders: bool
+
+    @classmethod
+    def of(cls, scheme: Scheme, heads: int, turn_of_logits: Turn | None = ANY_ROTATION) -> "Freedom":
+        """Return the freedom that a scheme leaves.
+
+        The query's matrix turns with the key's and the value's with the output's; groups with a matrix in common are
+        one. The input itself can neither be turned nor reordered, nor what turns with it.
+
+        Args:
+            turn_of_logits: of query and key; None where they cannot be turned.
+        """
+        reorders = "x" not in scheme.roles
+        if not scheme.ingredient.can_turn:
+            return cls(heads, {}, reorders)
+        first, second = {scheme.query, scheme.key}, {scheme.value, "o"}
+        groups = [(first, turn_of_logits), (second, ANY_ROTATION)]
+        if first & second:
+            groups = [(first | second, turn_of_logits)]
+        in_order = (*scheme.matrices, "o")
+        turns = {
+            tuple(name for name in in_order if name in group): turn
+            for group, turn in groups
+            if "x" not in group and turn is not None
+        }
+        return cls(heads, turns, reorders)
+
+
+def can_align(config: DepthSharingFields) -> bool:
+    """Return whether layers share matrices, to which aligning brings them closer."""
+    return config.depth_sharing not in ("none", "low_rank")
 
 
 def check_scipy():
@@ -48,104 +106,112 @@ def check_scipy():
 
 def align_layers(
     layers: list[SchemeLayer],
-    config: SharedAttentionConfig,
+    scheme: Scheme,
+    freedom: Freedom,
+    shared: Collection[str],
+    sharing: DepthSharingFields,
     groups: DictionaryGroups,
     root: torch.Tensor | None = None,
 ) -> list[SchemeLayer]:
-    """Return the layers with rotated and reordered heads; unchanged where `can_align` is false.
+    """Return the layers with rotated and reordered heads.
 
     Args:
+        shared: the names of the matrices that layers share.
+        sharing: how they share them.
         groups: see `layer_coefficients`.
         root: of the inputs' autocorrelation, the mean over the layers, [hidden, hidden]; None takes the identity.
     """
-    if not can_align(config):
-        return layers
-    heads = _Heads(layers, config, root)
-    held = 0.0
+    heads = _Heads(layers, freedom, shared, root)
+    held, in_order = 0.0, not freedom.reorders
     for _ in range(_MAX_ITERATIONS):
-        fit = heads.fit(groups)
+        fit = heads.fit(sharing, groups)
         before, held = held, float(sum(matrix.square().sum() for matrix in fit.values()))
         if held - before < _LEAST_GAIN * held:
-            break
-        heads.reorder(fit)
+            # Rotated heads may agree better in another order.
+            if not (freedom.reorders and heads.reorder(fit)):
+                break
+        elif not in_order:  # the gains take longer than all the rest
+            in_order = not heads.reorder(fit)
         heads.rotate(fit)
-    return heads.applied_to(layers)
+    return heads.applied_to(layers, scheme)
 
 
 class _Heads:
     """The shared matrices of all layers by head, and how far each head has been moved and rotated.
 
     Attributes:
-        matrices: [layers, heads, hidden, head_dim] by name, weighted by the inputs and scaled to norm one.
+        matrices: [layers, heads, n, head_dim] by name, weighted by the inputs and scaled to norm one; n is hidden, or
+            a multiple of it where several query heads belong to a key's.
         order: [layers, heads], the original head at each place.
         rotations: [layers, heads, head_dim, head_dim] by group of matrices that turn together.
     """
 
-    def __init__(self, layers: list[SchemeLayer], config: SharedAttentionConfig, root: torch.Tensor | None):
-        self.config = config
-        names = list(config.shared_widths)
-        self.matrices = {name: self._by_head(layers, name, root) for name in names}
-        number = config.num_attention_heads
-        self.places = torch.arange(number, device=self.matrices[names[0]].device)
-        self.order = self.places.repeat(len(layers), 1)
-        self.settled = "x" in config.scheme.roles  # the order; heads of the input cannot be moved
+    def __init__(
+        self, layers: list[SchemeLayer], freedom: Freedom, shared: Collection[str], root: torch.Tensor | None
+    ):
+        self.freedom = freedom
+        self.head_dim = _key_width(layers[0]) // freedom.heads
+        self.matrices = {name: self._by_head(layers, name, root) for name in shared}
+        like = next(iter(self.matrices.values()))
+        self.order = torch.arange(freedom.heads, device=like.device).repeat(len(layers), 1)
         self.shared = {
-            group: members
-            for group in turning_together(config.scheme)
-            if (members := [name for name in group if name in names])
+            group: members for group in freedom.turns if (members := [name for name in group if name in shared])
         }
-        self.not_turning = [name for name in names if not any(name in group for group in self.shared)]
-        identity = torch.eye(config.hidden_size // number).to(self.matrices[names[0]])
-        self.rotations = {group: identity.expand(len(layers), number, -1, -1) for group in self.shared}
+        self.not_turning = [name for name in shared if not any(name in group for group in self.shared)]
+        identity = torch.eye(self.head_dim).to(like)
+        self.rotations = {group: identity.expand(len(layers), freedom.heads, -1, -1) for group in self.shared}
 
     def _by_head(self, layers: list[SchemeLayer], name: str, root: torch.Tensor | None) -> torch.Tensor:
         stack = torch.stack([layer.matrices[name].weight for layer in layers])
         rows = stack if name == "o" else stack.mT
         if root is not None and name != "o":  # the output acts on the context, not on the layer's inputs
             rows = root @ rows
-        heads = rows.unflatten(2, (self.config.num_attention_heads, -1)).transpose(1, 2)
+        heads = rows.unflatten(2, (self.freedom.heads, -1, self.head_dim)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         return heads / rows.norm().clamp(min=1e-30)
 
-    def fit(self, groups: DictionaryGroups) -> dict[str, torch.Tensor]:
+    def fit(self, sharing: DepthSharingFields, groups: DictionaryGroups) -> dict[str, torch.Tensor]:
         """Return the nearest matrices that the depth sharing can express."""
         fit = {}
         for name, matrix in self.matrices.items():
-            coefficients = layer_coefficients(matrix.flatten(1), self.config, groups)
+            coefficients = layer_coefficients(matrix.flatten(1), sharing, groups)
             projection = coefficients @ torch.linalg.pinv(coefficients)
             fit[name] = (projection @ matrix.flatten(1)).view_as(matrix)
         return fit
 
-    def reorder(self, fit: dict[str, torch.Tensor]):
-        """Put the heads of each layer where they agree best with `fit`, until their order has settled."""
-        if self.settled:
-            return
+    def reorder(self, fit: dict[str, torch.Tensor]) -> bool:
+        """Put the heads of each layer where they agree best with `fit`; return whether any has moved."""
         # The gain of a head at a place is an inner product, after the best rotation where one is free.
         gains = 0
-        for members in self.shared.values():
+        for group, members in self.shared.items():
             products = sum(self.matrices[name].mT[:, :, None] @ fit[name][:, None] for name in members)
-            gains = gains + torch.linalg.svdvals(products).sum(-1)
+            gains = gains + self.freedom.turns[group].gain(products)
         for name in self.not_turning:
             gains = gains + torch.einsum("lhij,lgij->lhg", self.matrices[name], fit[name])
         best = _best_orders(gains)
-        self.settled = bool((best == self.places).all())  # the gains take longer than all the rest
         self.order = self.order.gather(1, best)
         self.matrices = {name: _take(matrix, best) for name, matrix in self.matrices.items()}
         self.rotations = {group: _take(rotation, best) for group, rotation in self.rotations.items()}
+        return bool((best != torch.arange(best.shape[1], device=best.device)).any())
 
     def rotate(self, fit: dict[str, torch.Tensor]):
         """Rotate each head towards `fit`."""
         for group, members in self.shared.items():
             own, target = (torch.cat([side[name] for name in members], dim=2) for side in (self.matrices, fit))
-            rotation = nearest_rotation(own, target)
+            rotation = self.freedom.turns[group].nearest(own, target)
             self.rotations[group] = self.rotations[group] @ rotation
             self.matrices |= {name: self.matrices[name] @ rotation for name in members}
 
-    def applied_to(self, layers: list[SchemeLayer]) -> list[SchemeLayer]:
-        moved = (_reordered(layer, order, self.config) for layer, order in zip(layers, self.order, strict=True))
+    def applied_to(self, layers: list[SchemeLayer], scheme: Scheme) -> list[SchemeLayer]:
+        moved = (_reordered(layer, order, scheme) for layer, order in zip(layers, self.order, strict=True))
         return [
-            _rotated(layer, {group: rotation[i] for group, rotation in self.rotations.items()}, self.config)
+            _rotated(layer, {group: rotation[i] for group, rotation in self.rotations.items()}, scheme)
             for i, layer in enumerate(moved)
         ]
+
+
+def _key_width(layer: SchemeLayer) -> int:
+    """Return the channels of all keys; there are fewer than of the queries where several share a key."""
+    return min(len(matrix.weight) for name, matrix in layer.matrices.items() if name != "o")
 
 
 def _take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -161,31 +227,35 @@ def _best_orders(gains: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.as_tensor(place).argsort() for place in places]).to(gains.device)
 
 
-def _reordered(layer: SchemeLayer, order: torch.Tensor, config: SharedAttentionConfig) -> SchemeLayer:
+def _reordered(layer: SchemeLayer, order: torch.Tensor, scheme: Scheme) -> SchemeLayer:
     def rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
 
     matrices = {name: Affine(rows(affine.weight), rows(affine.bias)) for name, affine in layer.matrices.items()}
     output = layer.matrices["o"]
     matrices["o"] = Affine(rows(output.weight.T).T, output.bias)
-    return SchemeLayer(matrices, config.scheme.ingredient.reorder(layer.ingredient, order), order)
+    per_key = output.weight.shape[1] // _key_width(layer)
+    query_order = (order[:, None] * per_key + torch.arange(per_key, device=order.device)).flatten()
+    return SchemeLayer(matrices, scheme.ingredient.reorder(layer.ingredient, order), query_order)
 
 
-def _rotated(
-    layer: SchemeLayer, rotations: dict[tuple[str, ...], torch.Tensor], config: SharedAttentionConfig
-) -> SchemeLayer:
+def _rotated(layer: SchemeLayer, rotations: dict[tuple[str, ...], torch.Tensor], scheme: Scheme) -> SchemeLayer:
     """Rotate the matrices of each group by [heads, head_dim, head_dim]."""
-    heads, scheme = config.num_attention_heads, config.scheme
     matrices, ingredient = dict(layer.matrices), layer.ingredient
     for group, rotation in rotations.items():
         for name in group:
             weight, bias = matrices[name].weight, matrices[name].bias
+            columns = _turned(weight if name == "o" else weight.T, rotation)
             if name == "o":
-                weight = (weight.unflatten(1, (heads, -1)).transpose(0, 1) @ rotation).transpose(0, 1).flatten(1)
+                matrices[name] = Affine(columns, bias)
             else:
-                weight = (rotation.mT @ weight.unflatten(0, (heads, -1))).flatten(0, 1)
-                bias = (bias.unflatten(0, (heads, 1, -1)) @ rotation).flatten()
-            matrices[name] = Affine(weight, bias)
+                matrices[name] = Affine(columns.T, _turned(bias[None], rotation)[0])
         if scheme.query in group:
             ingredient = scheme.ingredient.turn(ingredient, rotation)
     return replace(layer, matrices=matrices, ingredient=ingredient)
+
+
+def _turned(columns: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate the columns [n, channels] of each head."""
+    heads, head_dim, _ = rotation.shape
+    return torch.einsum("nhgc,hcd->nhgd", columns.unflatten(1, (heads, -1, head_dim)), rotation).flatten(1)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..modeling import SelfAttention, SharedAttentionConfig
 from ..modeling.loading import check_loaded
-from .alignment import align_layers, can_align, check_scipy
+from .alignment import Freedom, align_layers, can_align, check_scipy
 from .calibration import calibrate
 from .dense import DenseAttention, SchemeLayer, attention_layers, dense_layers, scheme_layers
 from .depth_fitting import check_fit_options, copy_common, dictionary_groups_of, share_depth
@@ -87,8 +87,9 @@ def from_stock(
     drift = [] if measured is None else measured.drift
     groups = dictionary_groups_of(len(old), config.num_atoms, dictionary_groups, drift)
     root = None if measured is None else Metric.of(torch.stack(inputs).mean(0)).root
-    if align:
-        layers = align_layers(layers, config, groups, root)
+    if align and can_align(config):
+        freedom = Freedom.of(config.scheme, config.num_key_value_heads)
+        layers = align_layers(layers, config.scheme, freedom, config.shared_widths, config, groups, root)
 
     converted = _separate_model(source, config, layers)
     if depth_sharing != "none":

@@ -55,7 +55,7 @@ def fit_rotary_scheme(
         # As large as the matrices it stands for.
         scale = (_norm(query) * _norm(key)).clamp(min=_LEAST).sqrt()
         matrices = {"q": _affine(inverse @ vector * scale)}
-        ingredient["pairwise"] = _multiplication((factor.conj() / scale.square())[..., 0, 0])
+        ingredient["pairwise"] = multiplication((factor.conj() / scale.square())[..., 0, 0])
     elif scheme.query == scheme.key:
         value, vector = _hermitian(query, key, both_signs=config.attention_scheme == "shared")
         matrices = {scheme.query: _affine(inverse @ vector * value.abs().sqrt())}
@@ -130,10 +130,10 @@ def _regression(slices: torch.Tensor, role: torch.Tensor, other: torch.Tensor, g
     return products / (weight * _norm(slices).square()).unflatten(0, (-1, groups)).sum(1).clamp(min=_LEAST)
 
 
-def _multiplication(factor: torch.Tensor) -> torch.Tensor:
-    """Return the matrices that multiply a head's planes, as row vectors, by `factor` [heads, planes]."""
+def multiplication(factor: torch.Tensor) -> torch.Tensor:
+    """Return the matrices that multiply a head's planes, as row vectors, by `factor` [..., planes]."""
     real, imaginary = torch.diag_embed(factor.real), torch.diag_embed(factor.imag)
-    return torch.cat([torch.cat([real, imaginary], dim=2), torch.cat([-imaginary, real], dim=2)], dim=1)
+    return torch.cat([torch.cat([real, imaginary], dim=-1), torch.cat([-imaginary, real], dim=-1)], dim=-2)
 
 
 def _first_of_groups(role: Affine, head_dim: int, groups: int) -> Affine:

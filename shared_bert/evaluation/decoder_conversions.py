@@ -30,10 +30,12 @@ _STAGES = ("fitted", "healed")
 _NAMES = (
     "masa",
     "masa, 3 groups",
+    "masa, 3 groups, aligned",
     "masa, 3 atoms in 3 groups, + rank",
     "masa, 1 atom, + rank",
     "low_rank",
     "sequential",
+    "sequential, aligned",
 )
 
 
@@ -56,15 +58,21 @@ def conversions(model: PreTrainedModel, saved: float) -> dict[str, dict[str, Any
 
     atoms = round(kept)
     masa = {"depth_sharing": "masa", "num_atoms": atoms}
+    in_groups = {**masa, "dictionary_groups": 3}
+    sequential = {"depth_sharing": "sequential", "num_groups": atoms}
     rows = (
         masa,
-        {**masa, "dictionary_groups": 3},
-        {**masa, "num_atoms": 3, "dictionary_groups": 3, **residual(3)},
+        in_groups,
+        {**in_groups, "align": True},
+        {**in_groups, "num_atoms": 3, **residual(3)},
         {**masa, "num_atoms": 1, **residual(1)},
         {"depth_sharing": "low_rank", **residual(0)},
-        {"depth_sharing": "sequential", "num_groups": atoms},
+        sequential,
+        {**sequential, "align": True},
     )
-    return {name: {**row, "depth_shared_matrices": "qkvo"} for name, row in zip(_NAMES, rows, strict=True)}
+    # Zhussip et al. (arXiv 2508.04581) do not align.
+    common = {"depth_shared_matrices": "qkvo", "align": False}
+    return {name: {**common, **row} for name, row in zip(_NAMES, rows, strict=True)}
 
 
 @dataclass
@@ -211,7 +219,7 @@ def draw(result: dict[str, Any], path: Path):
                 if rows:
                     kept, values = [100 * (1 - row["saved"]) for row in rows], [row[stage][key] for row in rows]
                     axes.plot(
-                        kept, values, style, marker="osD^v*"[number], color=f"C{number}", label=f"{name}, {stage}"
+                        kept, values, style, marker="osD^v*PX"[number], color=f"C{number}", label=f"{name}, {stage}"
                     )
         if key == "perplexity":
             axes.set_yscale("log")

@@ -195,21 +195,26 @@ def write_scores(records: dict[str, list[dict[str, Any]]], output: Path):
 
 
 def draw_scores(records: dict[str, list[dict[str, Any]]], path: Path):
-    """Draw each model's mean score by task, with the standard deviation over the seeds."""
+    """Draw each model's scores by task: a dot per seed, and the mean with the standard deviation.
+
+    Each task has an axis of its own, since models differ less than tasks do.
+    """
     metrics, scores = scores_by_task(records)
-    tasks = list(metrics)
-    figure = Figure(figsize=(max(5, 1.2 * len(tasks) + 2), 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot(ylabel="score (%)")
-    width = 0.8 / len(scores)
-    for i, (model, found) in enumerate(scores.items()):
-        places = [tasks.index(task) + (i - (len(scores) - 1) / 2) * width for task in found]
-        means = [statistics.mean(values) for values in found.values()]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found.values()]
-        hatch = ["", "//", "..", "xx", "\\\\", "++"][i % 6]
-        axes.bar(places, means, width, yerr=spread, capsize=3, label=model, hatch=hatch, edgecolor="white")
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure = Figure(figsize=(max(5, 2.1 * len(metrics)), 4), dpi=150, layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        for place, (model, found) in enumerate(scores.items()):
+            if values := found.get(task):
+                spread = statistics.stdev(values) if len(values) > 1 else 0
+                color, marker = f"C{place % 10}", "osD^v*PX"[place % 8]
+                axes.plot([place] * len(values), values, ".", color=color, alpha=0.4, markersize=5)
+                axes.errorbar(place, statistics.mean(values), spread, fmt=marker, color=color, capsize=4, label=model)
+        axes.set(title=task, xticks=[], xlim=(-0.7, len(scores) - 0.3))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    figure.supylabel("score (%)", fontsize="medium")
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)

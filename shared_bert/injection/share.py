@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..conversion.alignment import can_align, check_scipy
 from ..conversion.depth_fitting import check_fit_options
 from ..conversion.families import STOCK_CLASSES
 from ..modeling.loading import check_loaded
@@ -32,6 +33,7 @@ def share(
     depth_shared_matrices: str = "qkv",
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     initialize: bool = False,
+    align: bool = True,
     dictionary_groups: int = 1,
     spread_rank: bool = False,
     pairwise_init: str = "normal",
@@ -54,6 +56,8 @@ def share(
             are fitted to their results on these inputs, not alone.
         initialize: start with new random matrices of the old ones' standard deviation, for a model that is to be
             trained from scratch.
+        align: rotate and reorder the heads of each layer first, as far as attention stays the same (see `aligning`),
+            so that layers lose less by sharing.
         dictionary_groups, spread_rank: see `from_stock`.
         pairwise_init, diagonal_init_std: how `initialize` starts a scheme's ingredient (see `SharedAttentionConfig`).
         **sizes: num_atoms, num_groups, rank, coefficient_source and coefficient_init (see `SharedAttentionConfig`).
@@ -64,6 +68,7 @@ def share(
     Raises:
         ValueError: a model that is quantized or shares already, names that fit nothing, shapes that cannot share,
             invalid sizes, or calibration inputs that do not fit.
+        ImportError: scipy is missing, which aligning needs.
     """
     _check_model(model)
     if unknown := sorted(sizes.keys() - set(_SIZES)):
@@ -72,6 +77,8 @@ def share(
     _set_targets(config, model.base_model, targets, depth_shared_matrices)
     _check_options(config, calibration is not None, initialize, dictionary_groups, spread_rank)
     _check_ties(model, config)
+    if align and not initialize and can_align(config):
+        check_scipy()
     result = copy.deepcopy(model)
     inject(result, config)  # what cannot share is refused here, before any fitting
 
@@ -84,7 +91,7 @@ def share(
         if depth_sharing == "none":
             result = separate
         else:
-            depth = DepthFit(separate, config, batches, dictionary_groups)
+            depth = DepthFit(separate, config, batches, dictionary_groups, align)
             if spread_rank:
                 config = depth.spread()
                 result = copy.deepcopy(model)

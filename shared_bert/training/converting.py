@@ -107,7 +107,6 @@ def _convert(
     wanted = {name: value for name, value in options.items() if value is not None and not name.startswith("calibr")}
     if type(model) in SOURCES and targets is None:
         return from_stock(model, calibration=text, **wanted)
-    wanted.pop("align")
     if "num_key_value_heads" in wanted:
         raise ValueError(f"num_key_value_heads={wanted['num_key_value_heads']} goes with BERT and GPT-2 only")
     return share(model, targets=targets.split(",") if targets else None, calibration=text, **wanted)

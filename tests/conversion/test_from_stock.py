@@ -321,6 +321,15 @@ def test_alignment_lowers_the_error(kind, with_text, batches):
     assert aligned < plain
 
 
+def test_grouped_heads_are_aligned(kind, input_ids):
+    model = exact_model(kind, "standard", num_key_value_heads=2).float()
+    options = {"depth_sharing": "masa", "num_key_value_heads": 2, "depth_shared_matrices": "qkvo"}
+    assert_same_outputs(model, from_stock(model, num_atoms=LAYERS, **options)[0], input_ids)
+    errors = [from_stock(model, align=align, num_atoms=1, **options)[1].all_errors() for align in (True, False)]
+    aligned, plain = (sum(row[name] ** 2 for name in ("logits", "result")) for row in errors)
+    assert aligned < plain
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, LAYERS), st.booleans(), st.integers(0, 99))
 def test_masa_is_the_pca_of_the_layers(num_atoms, over_output, seed):
