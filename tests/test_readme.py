@@ -28,7 +28,7 @@ DOCUMENTS = {
     )
 }
 # Records of fine-tuning whose tables are kept.
-SCORES = ("encoders/glue.json", "minilm_finetuning.json")
+SCORES = ("encoders/glue.json", "minilm_finetuning.json", "vit_fashion_mnist.json")
 README, MEASUREMENTS = DOCUMENTS["README.md"], DOCUMENTS["model_cards/README.md"]
 
 
@@ -176,6 +176,16 @@ def test_training_steps_are_the_kept_results():
         ) in MEASUREMENTS
         assert f"{row['speedup']:.2f}×" in README
         assert f"{row['memory_ratio']:.2f}×" in README
+
+
+def test_steps_on_a_gpu_are_the_kept_results():
+    for row in kept("benchmark_train_gpu.json")["results"]:
+        ms = {name: 1000 * seconds for name, seconds in row["seconds_per_step"].items()}
+        assert (
+            f"| `{row['scheme']}` | {row['batch'][0]} × {row['batch'][1]} | {ms['stock']:.1f} ms | {ms['shared']:.1f} ms "
+            f"| {row['speedup']:.2f}× | {row['memory_ratio']:.2f}× |"
+        ) in MEASUREMENTS
+        assert f"{row['speedup']:.2f}×" in README
 
 
 def test_quickstart_losses_are_the_kept_results():
