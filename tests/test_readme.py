@@ -180,10 +180,11 @@ def test_training_steps_are_the_kept_results():
 
 def test_steps_on_a_gpu_are_the_kept_results():
     for row in kept("benchmark_train_gpu.json")["results"]:
-        ms = {name: 1000 * seconds for name, seconds in row["seconds_per_step"].items()}
+        stock, shared = (f"{1000 * row['seconds_per_step'][name]:.1f} ms" for name in ("stock", "shared"))
+        batch, tokens = row["batch"]
         assert (
-            f"| `{row['scheme']}` | {row['batch'][0]} × {row['batch'][1]} | {ms['stock']:.1f} ms | {ms['shared']:.1f} ms "
-            f"| {row['speedup']:.2f}× | {row['memory_ratio']:.2f}× |"
+            f"| `{row['scheme']}` | {batch} × {tokens} | {stock} | {shared} | {row['speedup']:.2f}× "
+            f"| {row['memory_ratio']:.2f}× |"
         ) in MEASUREMENTS
         assert f"{row['speedup']:.2f}×" in README
 
