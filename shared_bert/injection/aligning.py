@@ -3,10 +3,11 @@
 import copy
 import re
 import sys
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..conversion.alignment import ANY_ROTATION, TURN_OF_PAIRS, Freedom, Turn, align_layers
 from ..conversion.dense import SchemeLayer
@@ -18,31 +19,61 @@ from .roles import ROLES, Role
 from .sharing_config import SharingConfig
 from .targets import is_cross_attention, layer_names, linear_maps
 
+# Classes of attention whose heads are free: to stand in any order, values and outputs to turn, and queries and keys to
+# take the turn that is named. Only classes that were tested are here, since what a class does besides to its heads (a
+# gate, a norm, a bias of positions) has many forms. Append others that are free.
+FREE_HEADS: dict[str, Turn | None] = {
+    **dict.fromkeys(
+        (
+            "LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention", "GemmaAttention",
+            "Gemma2Attention", "GraniteAttention", "Starcoder2Attention",
+        ),
+        TURN_OF_PAIRS,
+    ),
+    **dict.fromkeys(("Qwen3Attention", "Gemma3Attention")),  # which norm queries and keys
+    **dict.fromkeys(
+        (
+            "BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention",
+            "DistilBertSelfAttention", "ViTAttention", "DeiTAttention", "Dinov2SelfAttention", "Dinov2Attention",
+            "CLIPAttention", "SiglipAttention", "WhisperAttention", "BartAttention", "OPTAttention",
+        ),
+        ANY_ROTATION,
+    ),
+}  # fmt: skip
 _ROTARY = re.compile(r"[Rr]otary|Rope|ROPE|(^|_)rope(_|$)|rotate_half")
 _NORMS = {"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"}
 
 
-def is_rotary(base: PreTrainedModel) -> bool:
+def attention_module(base: PreTrainedModel, stack: dict[str, str]) -> nn.Module:
+    """Return the first layer's module that has the query's matrix."""
+    name, _, _ = layer_names(linear_maps(base), stack["query"])[0].rpartition(".")
+    return base.get_submodule(name)
+
+
+def is_rotary(attention: nn.Module) -> bool:
     """Return whether queries and keys are rotated by their position (RoPE)."""
-    return any(_ROTARY.search(name) for name in vars(sys.modules[type(base).__module__]))
+    return any(_ROTARY.search(name) for name in (*_module_of(attention), *vars(type(attention))))
 
 
-def why_logits_are_fixed(base: PreTrainedModel) -> str | None:
-    """Return what a model does to queries and keys that no rotation of both commutes with, or None."""
-    names = {part for name, _ in base.named_modules() for part in name.split(".")}
-    if _NORMS & names:
+def why_logits_are_fixed(attention: nn.Module, config: PreTrainedConfig) -> str | None:
+    """Return what attention does to queries and keys, for which no fit of a scheme is known, or None."""
+    if _NORMS & {part for name, _ in attention.named_modules() for part in name.split(".")}:
         return "norms its queries and keys"
-    if any("Disentangled" in type(module).__name__ for module in base.modules()):
+    if "Disentangled" in type(attention).__name__:
         return "uses queries and keys for positions, too"
-    if not is_rotary(base):
+    if not is_rotary(attention):
         return None
-    partial = (getattr(base.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
-    if hasattr(base.config, "rotary_dim") or partial != 1:
+    partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    if hasattr(config, "rotary_dim") or partial != 1:
         return "rotates a part of each head"
-    rotate_half = getattr(sys.modules[type(base).__module__], "rotate_half", None)
-    if rotate_half is None or rotate_half(torch.arange(4)).tolist() != [-2, -3, 0, 1]:
+    rotations = [function for name, function in _module_of(attention).items() if name.startswith("rotate_half")]
+    if not rotations or any(rotate(torch.arange(4)).tolist() != [-2, -3, 0, 1] for rotate in rotations):
         return "does not rotate the pairs of channels j and j + head_dim / 2"
     return None
+
+
+def _module_of(attention: nn.Module) -> dict[str, Any]:
+    return vars(sys.modules[type(attention).__module__])
 
 
 def stack_layers(base: PreTrainedModel, stack: dict[str, str]) -> list[dict[str, str]]:
@@ -61,7 +92,7 @@ def read_layer(base: PreTrainedModel, names: dict[str, str], scheme: Scheme) -> 
     for role, matrix in zip(ROLES, scheme.roles, strict=True):
         if matrix != "x" and matrix not in layer.matrices:
             module = base.get_submodule(names[role])
-            layer.matrices[matrix] = read_affine(module.map if isinstance(module, Role) else module)
+            layer.matrices[matrix] = read_affine(module)
             if getattr(module, "ingredient", None) is not None:
                 layer.ingredient = {name: parameter.double() for name, parameter in module.ingredient().items()}
     layer.matrices["o"] = read_affine(base.get_submodule(names["output"]))
@@ -90,7 +121,7 @@ def aligned(
 ) -> PreTrainedModel:
     """Return a copy of a model whose layers share nothing yet, with its heads moved; its outputs are the same.
 
-    Heads of fused matrices stay.
+    Only heads of `FREE_HEADS` move.
 
     Args:
         groups: of dictionaries, by the name of the list of layers.
@@ -99,7 +130,7 @@ def aligned(
     result = copy.deepcopy(model)
     base = result.base_model
     for stack in config.attention:
-        if "fused" in stack:
+        if "fused" in stack or type(attention_module(base, stack)).__name__ not in FREE_HEADS:
             continue
         scheme = SCHEMES["standard"] if is_cross_attention(stack["output"]) else config.scheme
         roles = (*zip(ROLES, scheme.roles, strict=True), ("output", "o"))
@@ -108,7 +139,9 @@ def aligned(
             continue
         names = stack_layers(base, stack)
         layers = [read_layer(base, of_layer, scheme) for of_layer in names]
-        freedom = _freedom(base, stack, scheme, layers[0])
+        head_dim = layers[0].matrices["o"].weight.shape[1] // stack["heads"]
+        heads = min(len(matrix.weight) for name, matrix in layers[0].matrices.items() if name != "o") // head_dim
+        freedom = Freedom.of(scheme, heads, FREE_HEADS[type(attention_module(base, stack)).__name__])
         of_stack = groups[stack["query"].split(".*.")[0]]
         moved = align_layers(layers, scheme, freedom, shared, config, of_stack, _root(stack, inputs))
         for of_layer, layer in zip(names, moved, strict=True):
@@ -121,39 +154,3 @@ def _root(stack: dict, inputs: dict[str, list[torch.Tensor]]) -> torch.Tensor | 
         return None
     seen = next((inputs[stack[role]] for role in ROLES if stack[role] in inputs), None)
     return None if seen is None else Metric.of(torch.stack(seen).mean(0)).root
-
-
-def _freedom(base: PreTrainedModel, stack: dict, scheme: Scheme, layer: SchemeLayer) -> Freedom:
-    per_query = layer.matrices["o"].weight.shape[1] // stack["heads"]
-    widths = [len(matrix.weight) for name, matrix in layer.matrices.items() if name != "o"]
-    freedom = Freedom.of(scheme, min(widths) // per_query, _turn_of_logits(base, stack))
-    freedom.reorders &= not _tells_heads_apart(base, stack)
-    return freedom
-
-
-def _turn_of_logits(base: PreTrainedModel, stack: dict) -> Turn | None:
-    if why_logits_are_fixed(base) or _has_more_than_roles(base, stack):
-        return None
-    return TURN_OF_PAIRS if is_rotary(base) else ANY_ROTATION
-
-
-def _has_more_than_roles(base: PreTrainedModel, stack: dict) -> bool:
-    """Return whether attention has parameters besides its matrices, such as of relative positions."""
-    for names in stack_layers(base, stack):
-        module, _, _ = names["query"].rpartition(".")
-        roles = {name.removeprefix(f"{module}.") for name in names.values()}
-        for name, _ in base.get_submodule(module).named_parameters():
-            if not any(name.startswith(f"{role}.") for role in roles):
-                return True
-    return False
-
-
-def _tells_heads_apart(base: nn.Module, stack: dict) -> bool:
-    """Return whether something in the model has an entry per head, such as a bias of positions."""
-    roles = {name for names in stack_layers(base, stack) for name in names.values()}
-    tensors = [*base.named_parameters(), *base.named_buffers()]
-    return any(
-        stack["heads"] in tensor.shape
-        for name, tensor in tensors
-        if not name.endswith("inv_freq") and not any(name.startswith(f"{role}.") for role in roles)
-    )

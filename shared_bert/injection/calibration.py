@@ -7,9 +7,11 @@ from transformers import PreTrainedModel
 
 from ..conversion.calibration import TOKENS_READ, counting_inputs, drift_of, evaluating
 from .linear import features
+from .targets import is_cross_attention
 
 # Of the hidden states that the vocabulary head reads.
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_norm")
+_KEYS_AND_VALUES = {"k", "k_proj", "key", "v", "v_proj", "value"}
 
 
 @torch.no_grad()
@@ -88,15 +90,19 @@ def _on_device(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tens
 
 
 def _vocabulary(model: PreTrainedModel) -> float:
-    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    try:
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # of models that read no text
+        size = None
     return torch.inf if size is None else size
 
 
 def _unmasked(name: str, states: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the rows [n, channels] of a module's states which no mask of the batch leaves out."""
-    masks = ["attention_mask", "decoder_attention_mask"]
-    for mask_name in reversed(masks) if "decoder" in name.split(".") else masks:
-        mask = batch.get(mask_name)
-        if mask is not None and mask.shape == states.shape[:-1]:
-            return states[mask.bool()]
+    parts = name.split(".")
+    reads_encoder = is_cross_attention(name) and parts[-1] in _KEYS_AND_VALUES
+    of_decoder = "decoder" in parts and any(key.startswith("decoder_") for key in batch)
+    mask = batch.get("decoder_attention_mask" if of_decoder and not reads_encoder else "attention_mask")
+    if mask is not None and mask.shape == states.shape[:-1]:
+        return states[mask.bool()]
     return states.flatten(0, -2)

@@ -44,10 +44,16 @@ class HeadShape:
 
 
 def read_affine(linear: nn.Module) -> Affine:
-    """Return the map of an `nn.Linear`, a `Conv1D`, or what stands for one, in float64; a missing bias is zeros."""
-    weight = (linear.map.matrix() if isinstance(linear, MadeLinear) else linear.weight).double()
-    weight = weight.T if isinstance(linear, Conv1D) else weight
-    return Affine(weight, torch.zeros_like(weight[:, 0]) if linear.bias is None else linear.bias.double())
+    """Return the map of an `nn.Linear` or a `Conv1D`, or within what stands for one, in float64.
+
+    A missing bias is zeros; a scheme's ingredient is no part of the map.
+    """
+    if isinstance(linear, MadeLinear):
+        weight, bias = linear.map.matrix(), linear.map.bias
+    else:
+        weight, bias = linear.weight, linear.bias
+    weight = (weight.T if isinstance(linear, Conv1D) else weight).double()
+    return Affine(weight, torch.zeros_like(weight[:, 0]) if bias is None else bias.double())
 
 
 def write_affine(linear: nn.Module, affine: Affine):

@@ -1,7 +1,7 @@
 """A whole stock model fitted: first its scheme, then what its layers share."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from ..conversion.depth_fitting import (
     write_low_rank,
 )
 from ..conversion.fitting import Metric
-from .aligning import aligned, is_rotary, stack_layers, why_logits_are_fixed, write_layer
+from .aligning import aligned, attention_module, is_rotary, stack_layers, why_logits_are_fixed, write_layer
 from .calibration import autocorrelations, drift
 from .fitting import fit_depth, fit_roles, read_affine
 from .roles import ROLES
@@ -34,11 +34,13 @@ def with_scheme(model: PreTrainedModel, config: SharingConfig, batches: Batches 
         ValueError: no fit of the scheme to such a model is known.
     """
     base = model.base_model
-    if config.attention_scheme != "value_free" and (reason := why_logits_are_fixed(base)):
-        raise ValueError(
-            f"attention_scheme={config.attention_scheme!r} cannot be fitted to a {base.config.model_type}, which "
-            f"{reason}: start new matrices with initialize=True"
-        )
+    for stack in config.attention:
+        reason = why_logits_are_fixed(attention_module(base, stack), base.config)
+        if reason is not None and config.attention_scheme != "value_free":
+            raise ValueError(
+                f"attention_scheme={config.attention_scheme!r} cannot be fitted to a {base.config.model_type}, which "
+                f"{reason}: start new matrices with initialize=True"
+            )
     result = copy.deepcopy(model)
     inject(result, replace(config, depth_sharing="none", targets=[]))
     for stack in config.attention:
@@ -55,7 +57,7 @@ def with_scheme(model: PreTrainedModel, config: SharingConfig, batches: Batches 
                 config.attention_scheme,
                 stack["heads"],
                 inputs.get(names["query"]),
-                is_rotary(base),
+                is_rotary(attention_module(base, stack)),
             )
             write_layer(result.base_model, names, config.scheme, fit)
     return result
@@ -113,19 +115,13 @@ class DepthFit:
                 found[layers] = dictionary_groups_of(len(names), self.config.num_atoms, number, moved)
         return found
 
-    def _inputs(self, targets: Collection[str]) -> dict[str, list[torch.Tensor]]:
+    def _inputs(self, targets: Iterable[str]) -> dict[str, list[torch.Tensor]]:
         """Return the autocorrelation of the inputs of every layer, by target."""
-        if self.batches is None or not targets:
+        if self.batches is None:
             return {}
-        source = {target: target for target in targets}
-        for stack in self.config.attention:  # query, key and value read the same, but for attention to other sequences
-            if "fused" not in stack and not is_cross_attention(stack["output"]):
-                source |= {stack[role]: stack["query"] for role in ROLES if stack[role] in source}
-        maps = linear_maps(self.separate.base_model)
-        names = {source: layer_names(maps, source) for source in source.values()}
-        every = [name for of_source in names.values() for name in of_source]
+        every = [name for target in targets for name in self.names[target]]
         found = autocorrelations(self.separate, every, self.batches)
-        return {target: [found[name] for name in names[source[target]]] for target in targets}
+        return {target: [found[name] for name in self.names[target]] for target in targets}
 
     def spread(self) -> SharingConfig:
         """Return the config with the parameters of `rank` spread over all matrices of all targets."""

@@ -77,6 +77,8 @@ def share(
     _set_targets(config, model.base_model, targets, depth_shared_matrices)
     _check_options(config, calibration is not None, initialize, dictionary_groups, spread_rank)
     _check_ties(model, config)
+    if not initialize:
+        _check_finite(model.base_model, config)
     if align and not initialize and can_align(config):
         check_scipy()
     result = copy.deepcopy(model)
@@ -214,6 +216,12 @@ def _check_ties(model: PreTrainedModel, config: SharingConfig):
         names = owners[id(base.get_submodule(name).weight)]
         if len(names) > 1:
             raise ValueError(f"{names[0]} and {names[1]} are tied: one parameter cannot be shared a second time")
+
+
+def _check_finite(base: nn.Module, config: SharingConfig):
+    for name in _replaced(base, config):
+        if not base.get_submodule(name).weight.isfinite().all():
+            raise ValueError(f"{name} has weights that are NaN or infinite")
 
 
 def _initialize(

@@ -45,7 +45,7 @@ ATTENTION_NAMES = [
     AttentionNames("o_proj", fused="qkv_proj"),  # Phi-3
     AttentionNames("dense", fused="query_key_value", by_head=True),  # GPT-NeoX, BLOOM
 ]
-_CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention"}
+_CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attention", "cross_attn"}
 
 
 def is_cross_attention(name: str) -> bool:

@@ -2,15 +2,95 @@
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, CohereConfig
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import shared_bert
+from shared_bert.injection.aligning import FREE_HEADS
 
 from .architectures import ARCHITECTURES, logits
 
 ONE = {"depth_sharing": "sequential", "num_groups": 1, "depth_shared_matrices": "qkvo"}
 LAYERS, HEADS, KEYS, HEAD_DIM = 3, 4, 2, 8
+# With factors of full rank nothing is lost, although heads move towards the mean of all layers.
+WHOLE = {**ONE, "rank": HEADS * HEAD_DIM}
+SHAPE = {
+    "hidden_size": HEADS * HEAD_DIM,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "vocab_size": 99,
+    "pad_token_id": 0,
+}
+DECODER = {**SHAPE, "num_key_value_heads": KEYS, "head_dim": HEAD_DIM}
+IMAGES = {**SHAPE, "image_size": 16, "patch_size": 8}
+SEQ2SEQ = {
+    "d_model": 32, "vocab_size": 99, "pad_token_id": 0,
+    "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+}  # fmt: skip
+FREE = {
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "gemma", "gemma2", "granite", "starcoder2", "qwen3", "gemma3_text"),
+        DECODER,
+    ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), SHAPE),
+    "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "vocab_size": 99},
+    **dict.fromkeys(("vit", "deit", "dinov2", "clip_vision_model", "siglip_vision_model"), IMAGES),
+    "whisper": {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16, "decoder_start_token_id": 1},
+    "bart": SEQ2SEQ,
+    "opt": {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+
+
+def noisy(model):
+    """Norms, biases and positions that start at one or zero hide what they tell apart."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def moved(model, shared) -> bool:
+    """Whether aligning has changed a value's matrix: it is that of the factors and of the mean of all layers."""
+    values = [name for name, _ in model.named_modules() if name.split(".")[-1] in ("v_proj", "value", "v_lin")]
+    before, after = (side.get_submodule(values[-1]).weight for side in (model, shared))
+    return bool((before - after).norm() > 0.01 * before.norm())
+
+
+@pytest.mark.parametrize("model_type", FREE)
+def test_outputs_stay(model_type):
+    torch.manual_seed(0)
+    model = noisy(AutoModel.from_config(AutoConfig.for_model(model_type, **FREE[model_type])))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 96, (2, 9), generator=generator)
+    inputs = {
+        "pixel_values": {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)},
+        "input_features": {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": ids},
+        "input_ids": {"input_ids": ids, "attention_mask": (torch.arange(9) < torch.tensor([[9], [6]])).long()},
+    }[model.main_input_name]
+    shared, _ = shared_bert.share(model, **WHOLE)
+    assert moved(model, shared)
+    with torch.no_grad():
+        found, expected = shared(**inputs)[0], model(**inputs)[0]
+    if "attention_mask" in inputs:  # what stands at the padding attends as it may
+        found, expected = found[inputs["attention_mask"].bool()], expected[inputs["attention_mask"].bool()]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_all_free_classes_are_tested():
+    with torch.device("meta"):
+        models = [AutoModel.from_config(AutoConfig.for_model(name, **fields)) for name, fields in FREE.items()]
+    classes = {type(module).__name__ for model in models for module in model.modules()}
+    assert set(FREE_HEADS) - classes <= {"Dinov2SelfAttention", "Dinov2Attention"}  # one of them, by the release
+
+
+def test_heads_of_other_classes_stay():
+    """T5's bias of positions has an entry per head."""
+    model = noisy(ARCHITECTURES["t5"].model())
+    errors = [shared_bert.share(model, align=align, **ONE)[1].errors for align in (True, False)]
+    assert errors[0] == errors[1]
 
 
 def rotation(generator) -> torch.Tensor:
@@ -40,55 +120,34 @@ def moved_copies(model, turn_of_logits):
         attention.o_proj.weight.copy_((of_values.mT @ columns)[order].flatten(0, 2).T)
 
 
+@pytest.fixture
 def grouped_llama():
     return ARCHITECTURES["llama"].model(num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KEYS)
 
 
-def test_layers_that_differ_by_what_is_free_lose_nothing():
-    model, inputs = grouped_llama(), ARCHITECTURES["llama"].inputs()
-    moved_copies(model, turn_of_pairs)
-    expected = logits(model, inputs)
-    shared, _ = shared_bert.share(model, **ONE)
-    torch.testing.assert_close(logits(shared, inputs), expected, rtol=1e-4, atol=1e-4)
-    _, unaligned = shared_bert.share(model, align=False, **ONE)
+def test_layers_that_differ_by_what_is_free_lose_nothing(grouped_llama):
+    inputs = ARCHITECTURES["llama"].inputs()
+    moved_copies(grouped_llama, turn_of_pairs)
+    shared, _ = shared_bert.share(grouped_llama, **ONE)
+    torch.testing.assert_close(logits(shared, inputs), logits(grouped_llama, inputs), rtol=1e-4, atol=1e-4)
+    _, unaligned = shared_bert.share(grouped_llama, align=False, **ONE)
     assert min(max(errors) for errors in unaligned.errors.values()) > 0.1
 
 
-def test_queries_and_keys_turn_only_with_their_positions():
+def test_queries_and_keys_turn_only_with_their_positions(grouped_llama):
     """Any other rotation of both would change attention between different positions."""
-    model, inputs = grouped_llama(), ARCHITECTURES["llama"].inputs()
-    moved_copies(model, rotation)
-    expected = logits(model, inputs)
-    whole = {**ONE, "num_groups": LAYERS}
-    torch.testing.assert_close(logits(shared_bert.share(model, **whole)[0], inputs), expected, rtol=1e-4, atol=1e-5)
-    errors = shared_bert.share(model, **ONE)[1].errors
+    moved_copies(grouped_llama, rotation)
+    errors = shared_bert.share(grouped_llama, **ONE)[1].errors
     assert max(errors["layers.*.self_attn.q_proj"]) > 0.1
     assert max(errors["layers.*.self_attn.v_proj"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_outputs_stay(name):
-    """With room for all layers, only an alignment that is not exact could change something."""
-    model, inputs = ARCHITECTURES[name].model(), ARCHITECTURES[name].inputs()
-    # Norms, biases and tables of positions that start at one or zero hide what they tell apart.
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    layers = max(len(part) for part in model.modules() if isinstance(part, nn.ModuleList))
-    shared, _ = shared_bert.share(
-        model, depth_sharing="masa", num_atoms=layers, depth_shared_matrices="qkvo", align=True
-    )
-    torch.testing.assert_close(logits(shared, inputs), logits(model, inputs), rtol=1e-3, atol=1e-4)
-
-
-def test_neighbouring_channels_that_rotate_together_are_told_apart():
-    """Cohere rotates the channels 2j and 2j + 1 of a head."""
-    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+@pytest.mark.parametrize("align", [False, True])
+def test_a_scheme_whose_layers_share_keeps_its_biases(align):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CohereConfig(**shape, intermediate_size=32, vocab_size=99)).eval()
-    inputs = ARCHITECTURES["llama"].inputs()
-    shared, _ = shared_bert.share(model, depth_sharing="masa", num_atoms=3, depth_shared_matrices="qkvo")
-    torch.testing.assert_close(logits(shared, inputs), logits(model, inputs), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="does not rotate the pairs"):
-        shared_bert.share(model, attention_scheme="shared_kv")
+    model = noisy(BertModel(BertConfig(**SHAPE)))
+    inputs = {"input_ids": torch.arange(3, 15)[None]}
+    expected, _ = shared_bert.share(model, attention_scheme="shared")
+    found, _ = shared_bert.share(model, attention_scheme="shared", align=align, **WHOLE)
+    with torch.no_grad():
+        torch.testing.assert_close(found(**inputs)[0], expected(**inputs)[0], rtol=1e-3, atol=1e-4)

@@ -174,3 +174,10 @@ def test_without_the_package_a_folder_says_what_to_install(folder):
     assert "MISSING" in run.stdout + run.stderr
     hint = json.loads((folder / "config.json").read_text())["quantization_config"]["to_load"]
     assert hint == "pip install shared_bert, and import shared_bert before from_pretrained"
+
+
+def test_weights_that_are_not_finite():
+    model = ARCHITECTURES["llama"].model()
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.k_proj has weights that are NaN or infinite"):
+        shared_bert.share(model, **MASA)

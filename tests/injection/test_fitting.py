@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 import shared_bert
 
@@ -74,3 +83,46 @@ def test_conv1d_is_fitted_as_three_matrices(batches):
         found = shared.transformer.shared_matrices[name]
         made = [torch.einsum("ls,swd->lwd", m.coefficients, m.atoms) for m in (matrix, found)]
         torch.testing.assert_close(*made, rtol=1e-3, atol=1e-5)
+
+
+def test_what_each_matrix_reads_is_measured():
+    """In attention to another sequence the query reads one, key and value the other, each with its own mask."""
+    torch.manual_seed(0)
+    shape = {"d_model": 16, "vocab_size": 99, "max_position_embeddings": 64, "dropout": 0.0}
+    side = {"layers": 2, "attention_heads": 4, "ffn_dim": 32}
+    sizes = {f"{name}_{what}": number for name in ("encoder", "decoder") for what, number in side.items()}
+    bart = BartModel(BartConfig(**shape, **sizes)).eval()
+    generator = torch.Generator().manual_seed(2)
+    ids, decoder_ids = torch.randint(3, 96, (2, 12, 9), generator=generator)
+    mask, decoder_mask = (torch.arange(9) < torch.randint(4, 9, (12, 1), generator=generator) for _ in range(2))
+    batch = {"input_ids": ids, "attention_mask": mask.long()}
+    batch |= {"decoder_input_ids": decoder_ids, "decoder_attention_mask": decoder_mask.long()}
+    seen = {}
+
+    def watch(name):
+        return bart.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.update({name: args[0]}))
+
+    attention = "decoder.layers.1.encoder_attn"
+    hooks = [watch(f"{attention}.{role}_proj") for role in "qkv"]
+    with torch.no_grad():
+        bart(**batch)
+    for hook in hooks:
+        hook.remove()
+    shared, report = shared_bert.share(bart, depth_sharing="low_rank", rank=4, calibration=[batch])
+    for role, of_role in (("q", decoder_mask), ("k", mask), ("v", mask)):
+        name = f"{attention}.{role}_proj"
+        inputs = seen[name][of_role].double()
+        old, new = (side.get_submodule(name).weight.double() for side in (bart, shared))
+        error = ((new - old) @ inputs.T).norm() / (old @ inputs.T).norm()
+        assert report.errors[f"decoder.layers.*.encoder_attn.{role}_proj"][1] == pytest.approx(float(error), rel=1e-3)
+
+
+def test_models_without_a_table_of_tokens_are_calibrated():
+    torch.manual_seed(0)
+    fields = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 32}
+    convolutions = {"conv_dim": (16,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = Wav2Vec2Model(Wav2Vec2Config(**fields, **convolutions, **positions)).eval()
+    batch = {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(1))}
+    _, report = shared_bert.share(model, depth_sharing="low_rank", rank=8, calibration=[batch])
+    assert 0 < max(report.errors["encoder.layers.*.attention.q_proj"]) < 1

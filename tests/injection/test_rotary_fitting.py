@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModel, CohereConfig, LlavaConfig, RoFormerConfig
 
 import shared_bert
 
@@ -123,3 +124,28 @@ def test_no_descent_finds_a_better_layer(scheme):
 def test_what_has_no_fit_says_so(architecture, reason):
     with pytest.raises(ValueError, match=f"'shared_kv' cannot be fitted to a .*, which {reason}.*initialize=True"):
         shared_bert.share(ARCHITECTURES[architecture].model(), "shared_kv")
+
+
+@pytest.mark.parametrize("config", [CohereConfig, RoFormerConfig])
+def test_rotations_of_other_pairs_have_no_fit(config):
+    """Cohere rotates the channels 2j and 2j + 1 of a head; RoFormer has its rotation within the class."""
+    fields = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 32}
+    model = AutoModel.from_config(config(**fields, vocab_size=99))
+    with pytest.raises(ValueError, match="does not rotate the pairs of channels"):
+        shared_bert.share(model, "shared_kv")
+
+
+def test_rope_is_found_within_another_model():
+    """The text model of LLaVA is a Llama: whose values are its keys already loses nothing."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {**size, "model_type": "llama", "vocab_size": 99}
+    vision = {**size, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = AutoModel.from_config(LlavaConfig(text_config=text, vision_config=vision, image_token_index=98)).eval()
+    for module in model.modules():
+        if hasattr(module, "v_proj"):
+            module.v_proj.load_state_dict(module.k_proj.state_dict())
+    inputs = {"input_ids": torch.arange(3, 15)[None]}
+    shared, _ = shared_bert.share(model, "shared_kv")
+    with torch.no_grad():
+        torch.testing.assert_close(shared(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
