@@ -26,10 +26,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="a file to calibrate and heal on")
     parser.add_argument("--held_out", type=Path, required=True, help="a parquet file with the column text")
     parser.add_argument("--blimp", type=Path, required=True, help="a parquet file with the columns of BLiMP")
+    parser.add_argument("--texts", type=int, help="held-out texts, at most")
     parser.add_argument("--pairs", type=int, default=1000, help="of each paradigm of BLiMP, at most")
     parser.add_argument("--saved", type=float, nargs="+", default=SAVED, help="fractions of attention's parameters")
     parser.add_argument("--rows", nargs="+", help="names of conversions; default: all")
-    parser.add_argument("--heal_steps", type=int, default=200)
+    parser.add_argument("--heal_steps", type=int, default=200, help="0 heals nothing")
+    parser.add_argument("--calibration_tokens", type=int, default=2**16)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/smollm2_conversions"))
     return parser.parse_args(arguments)
 
@@ -46,13 +48,15 @@ def main(arguments: list[str]):
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(parsed.model, dtype=torch.float32, **options)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    texts = pq.read_table(parsed.held_out)["text"].to_pylist()
+    texts = pq.read_table(parsed.held_out)["text"].to_pylist()[: parsed.texts]
     seen, pairs = {}, []
     for pair in pq.read_table(parsed.blimp).to_pylist():
         seen[pair["UID"]] = seen.get(pair["UID"], 0) + 1
         if seen[pair["UID"]] <= parsed.pairs:
             pairs.append(pair)
-    experiment = DecoderConversions(model, tokenizer, texts, pairs, parsed.text, parsed.heal_steps)
+    experiment = DecoderConversions(
+        model, tokenizer, texts, pairs, parsed.text, parsed.heal_steps, parsed.calibration_tokens
+    )
     experiment.run(parsed.output_dir, parsed.saved, parsed.rows)
 
 

@@ -109,7 +109,8 @@ def test_options_of_images_are_valid(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script", ["convert.py", "push_to_hub.py", "benchmark.py", "convert_minilm.py", "evaluate.py"]
+    "script",
+    ["convert.py", "push_to_hub.py", "benchmark.py", "convert_minilm.py", "convert_smollm2.py", "evaluate.py"],
 )
 def test_options_are_valid(script):
     parse = runpy.run_path(str(ROOT / "scripts" / script))["parse"]
@@ -204,6 +205,12 @@ def test_scores_are_redrawn_from_their_records(tmp_path):
         table = path.with_suffix(".md").read_text()
         assert (tmp_path / path.with_suffix(".md").name).read_text() == table
         assert table in MEASUREMENTS
+
+
+def test_smaller_attention_is_the_kept_result():
+    from shared_bert.evaluation.decoder_conversions import table
+
+    assert table(kept("smollm2_conversions.json")) in MEASUREMENTS
 
 
 def test_encoders_are_the_kept_results():

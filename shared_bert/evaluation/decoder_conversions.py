@@ -22,7 +22,6 @@ from .likelihood import blimp_accuracy, perplexity
 from .records import save_record
 
 SAVED = (0.1, 0.2, 0.33, 0.5)
-_CALIBRATION_TOKENS = 2**16
 _BLOCK_SIZE = 512
 _BATCH_SIZE = 8
 _WINDOW = 1024  # tokens that perplexity reads at once
@@ -85,6 +84,7 @@ class DecoderConversions:
         pairs: of BLiMP (see `blimp_accuracy`).
         text: a file to calibrate and heal on.
         heal_steps: steps of healing, the same for all; 0 heals nothing.
+        calibration_tokens: to fit on.
     """
 
     original: PreTrainedModel
@@ -93,11 +93,12 @@ class DecoderConversions:
     pairs: list[dict[str, str]]
     text: str
     heal_steps: int = 200
+    calibration_tokens: int = 2**16
     calibration: list[dict[str, torch.Tensor]] = field(init=False)
 
     def __post_init__(self):
         documents = load_documents(train_file=self.text)["train"]
-        batches = calibration_batches(documents, self.tokenizer, _CALIBRATION_TOKENS, _BLOCK_SIZE)
+        batches = calibration_batches(documents, self.tokenizer, self.calibration_tokens, _BLOCK_SIZE)
         self.calibration = list(batches)
 
     def quality(self, model: PreTrainedModel) -> dict[str, float]:
