@@ -25,7 +25,8 @@ SAVED = (0.1, 0.2, 0.33, 0.5)
 _BLOCK_SIZE = 512
 _BATCH_SIZE = 8
 _WINDOW = 1024  # tokens that perplexity reads at once
-_STAGES = ("fitted", "healed")
+_STYLES = {"fitted": {"linestyle": ":", "markerfacecolor": "white"}, "healed": {}}
+_STAGES = tuple(_STYLES)
 _NAMES = (
     "masa",
     "masa, 3 groups",
@@ -210,22 +211,21 @@ def _perplexity(value: float) -> str:
 
 def draw(result: dict[str, Any], path: Path):
     """Draw perplexity and BLiMP against the attention parameters that are left, with the original as a line."""
-    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
     for place, (key, label) in enumerate((("perplexity", "perplexity per token"), ("blimp", "BLiMP accuracy"))):
         axes = figure.add_subplot(1, 2, place + 1, xlabel="attention parameters kept (%)", ylabel=label)
         axes.axhline(result["original"]["fitted"][key], color="#555555", linewidth=1, label="original")
         for number, name in enumerate(_NAMES):
-            for stage, style in zip(_STAGES, (":", "-"), strict=True):
+            for stage, style in _STYLES.items():
                 rows = [row for row in result["rows"] if row["name"] == name and stage in row]
                 if rows:
                     kept, values = [100 * (1 - row["saved"]) for row in rows], [row[stage][key] for row in rows]
-                    axes.plot(
-                        kept, values, style, marker="osD^v*PX"[number], color=f"C{number}", label=f"{name}, {stage}"
-                    )
+                    look = {**style, "marker": "osD^v*PX"[number], "color": f"C{number}"}
+                    axes.plot(kept, values, **look, label=f"{name}, {stage}")
         if key == "perplexity":
             axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
