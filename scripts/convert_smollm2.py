@@ -41,6 +41,8 @@ def main(arguments: list[str]):
     parsed = parse(arguments)
     options = {}
     if files := list(parsed.model.glob("*.gguf")):
+        if len(files) > 1:
+            raise ValueError(f"{parsed.model} has {len(files)} .gguf files: leave one")
         options["gguf_file"] = files[0].name
     tokenizer = AutoTokenizer.from_pretrained(parsed.model, **options)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # separates documents

@@ -24,7 +24,7 @@ _LEAST_GAIN = 1e-4  # of the fit's squared norm, in one iteration
 
 
 @dataclass(frozen=True)
-class Turn:
+class Rotation:
     """The rotations that a head's channels are free to take.
 
     Attributes:
@@ -45,12 +45,13 @@ def _pair_products(products: torch.Tensor) -> torch.Tensor:
     return torch.complex(same[..., :half] + same[..., half:], upper - lower)
 
 
-def _nearest_turn_of_pairs(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return multiplication(torch.polar(torch.ones((), dtype=matrix.dtype), _pair_products(matrix.mT @ target).angle()))
+def _nearest_rotation_of_pairs(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    angles = _pair_products(matrix.mT @ target).angle()
+    return multiplication(torch.polar(torch.ones_like(angles), angles))
 
 
-ANY_ROTATION = Turn(nearest_rotation, lambda products: torch.linalg.svdvals(products).sum(-1))
-TURN_OF_PAIRS = Turn(_nearest_turn_of_pairs, lambda products: _pair_products(products).abs().sum(-1))
+ANY_ROTATION = Rotation(nearest_rotation, lambda products: torch.linalg.svdvals(products).sum(-1))
+ROTATION_OF_PAIRS = Rotation(_nearest_rotation_of_pairs, lambda products: _pair_products(products).abs().sum(-1))
 
 
 @dataclass
@@ -58,39 +59,39 @@ class Freedom:
     """What may be done to the heads of a layer without a change of attention.
 
     Attributes:
-        heads: of keys; grouped query heads move and turn with theirs.
-        turns: of the matrices that turn together, by their names ("o" is the output's, on its inputs).
+        heads: of keys; grouped query heads are moved and rotated with theirs.
+        rotations: of the matrices that rotate together, by their names ("o" is the output's, on its inputs).
         reorders: whether heads may stand in any order.
     """
 
     heads: int
-    turns: dict[tuple[str, ...], Turn]
+    rotations: dict[tuple[str, ...], Rotation]
     reorders: bool
 
     @classmethod
-    def of(cls, scheme: Scheme, heads: int, turn_of_logits: Turn | None = ANY_ROTATION) -> "Freedom":
+    def of(cls, scheme: Scheme, heads: int, rotation_of_logits: Rotation | None = ANY_ROTATION) -> "Freedom":
         """Return the freedom that a scheme leaves.
 
-        The query's matrix turns with the key's and the value's with the output's; groups with a matrix in common are
-        one. The input itself can neither be turned nor reordered, nor what turns with it.
+        The query's matrix rotates with the key's and the value's with the output's; groups with a matrix in common are
+        one. The input itself can neither be rotated nor reordered, nor what rotates with it.
 
         Args:
-            turn_of_logits: of query and key; None where they cannot be turned.
+            rotation_of_logits: of query and key; None where they cannot be rotated.
         """
         reorders = "x" not in scheme.roles
         if not scheme.ingredient.can_turn:
             return cls(heads, {}, reorders)
         first, second = {scheme.query, scheme.key}, {scheme.value, "o"}
-        groups = [(first, turn_of_logits), (second, ANY_ROTATION)]
+        groups = [(first, rotation_of_logits), (second, ANY_ROTATION)]
         if first & second:
-            groups = [(first | second, turn_of_logits)]
+            groups = [(first | second, rotation_of_logits)]
         in_order = (*scheme.matrices, "o")
-        turns = {
-            tuple(name for name in in_order if name in group): turn
-            for group, turn in groups
-            if "x" not in group and turn is not None
+        rotations = {
+            tuple(name for name in in_order if name in group): rotation
+            for group, rotation in groups
+            if "x" not in group and rotation is not None
         }
-        return cls(heads, turns, reorders)
+        return cls(heads, rotations, reorders)
 
 
 def can_align(config: DepthSharingFields) -> bool:
@@ -122,15 +123,15 @@ def align_layers(
         root: of the inputs' autocorrelation, the mean over the layers, [hidden, hidden]; None takes the identity.
     """
     heads = _Heads(layers, freedom, shared, root)
+    # Heads are reordered until their order settles, and again whenever rotations gain nothing more.
     held, in_order = 0.0, not freedom.reorders
     for _ in range(_MAX_ITERATIONS):
         fit = heads.fit(sharing, groups)
         before, held = held, float(sum(matrix.square().sum() for matrix in fit.values()))
         if held - before < _LEAST_GAIN * held:
-            # Rotated heads may agree better in another order.
             if not (freedom.reorders and heads.reorder(fit)):
                 break
-        elif not in_order:  # the gains take longer than all the rest
+        elif not in_order:
             in_order = not heads.reorder(fit)
         heads.rotate(fit)
     return heads.applied_to(layers, scheme)
@@ -143,21 +144,21 @@ class _Heads:
         matrices: [layers, heads, n, head_dim] by name, weighted by the inputs and scaled to norm one; n is hidden, or
             a multiple of it where several query heads belong to a key's.
         order: [layers, heads], the original head at each place.
-        rotations: [layers, heads, head_dim, head_dim] by group of matrices that turn together.
+        rotations: [layers, heads, head_dim, head_dim] by group of matrices that rotate together.
     """
 
     def __init__(
         self, layers: list[SchemeLayer], freedom: Freedom, shared: Collection[str], root: torch.Tensor | None
     ):
         self.freedom = freedom
-        self.head_dim = _key_width(layers[0]) // freedom.heads
+        self.head_dim = key_width(layers[0]) // freedom.heads
         self.matrices = {name: self._by_head(layers, name, root) for name in shared}
         like = next(iter(self.matrices.values()))
         self.order = torch.arange(freedom.heads, device=like.device).repeat(len(layers), 1)
         self.shared = {
-            group: members for group in freedom.turns if (members := [name for name in group if name in shared])
+            group: members for group in freedom.rotations if (members := [name for name in group if name in shared])
         }
-        self.not_turning = [name for name in shared if not any(name in group for group in self.shared)]
+        self.not_rotating = [name for name in shared if not any(name in group for group in self.shared)]
         identity = torch.eye(self.head_dim).to(like)
         self.rotations = {group: identity.expand(len(layers), freedom.heads, -1, -1) for group in self.shared}
 
@@ -179,13 +180,16 @@ class _Heads:
         return fit
 
     def reorder(self, fit: dict[str, torch.Tensor]) -> bool:
-        """Put the heads of each layer where they agree best with `fit`; return whether any has moved."""
+        """Put the heads of each layer where they agree best with `fit`; return whether any has moved.
+
+        It takes longer than all the rest.
+        """
         # The gain of a head at a place is an inner product, after the best rotation where one is free.
         gains = 0
         for group, members in self.shared.items():
             products = sum(self.matrices[name].mT[:, :, None] @ fit[name][:, None] for name in members)
-            gains = gains + self.freedom.turns[group].gain(products)
-        for name in self.not_turning:
+            gains = gains + self.freedom.rotations[group].gain(products)
+        for name in self.not_rotating:
             gains = gains + torch.einsum("lhij,lgij->lhg", self.matrices[name], fit[name])
         best = _best_orders(gains)
         self.order = self.order.gather(1, best)
@@ -197,7 +201,7 @@ class _Heads:
         """Rotate each head towards `fit`."""
         for group, members in self.shared.items():
             own, target = (torch.cat([side[name] for name in members], dim=2) for side in (self.matrices, fit))
-            rotation = self.freedom.turns[group].nearest(own, target)
+            rotation = self.freedom.rotations[group].nearest(own, target)
             self.rotations[group] = self.rotations[group] @ rotation
             self.matrices |= {name: self.matrices[name] @ rotation for name in members}
 
@@ -209,14 +213,14 @@ class _Heads:
         ]
 
 
-def _key_width(layer: SchemeLayer) -> int:
+def key_width(layer: SchemeLayer) -> int:
     """Return the channels of all keys; there are fewer than of the queries where several share a key."""
     return min(len(matrix.weight) for name, matrix in layer.matrices.items() if name != "o")
 
 
 def _take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Reorder the heads of [layers, heads, …] by [layers, heads]."""
-    return tensor[torch.arange(len(tensor))[:, None], order]
+    return tensor[torch.arange(len(tensor), device=order.device)[:, None], order]
 
 
 def _best_orders(gains: torch.Tensor) -> torch.Tensor:
@@ -234,7 +238,7 @@ def _reordered(layer: SchemeLayer, order: torch.Tensor, scheme: Scheme) -> Schem
     matrices = {name: Affine(rows(affine.weight), rows(affine.bias)) for name, affine in layer.matrices.items()}
     output = layer.matrices["o"]
     matrices["o"] = Affine(rows(output.weight.T).T, output.bias)
-    per_key = output.weight.shape[1] // _key_width(layer)
+    per_key = output.weight.shape[1] // key_width(layer)
     query_order = (order[:, None] * per_key + torch.arange(per_key, device=order.device)).flatten()
     return SchemeLayer(matrices, scheme.ingredient.reorder(layer.ingredient, order), query_order)
 
@@ -245,17 +249,17 @@ def _rotated(layer: SchemeLayer, rotations: dict[tuple[str, ...], torch.Tensor],
     for group, rotation in rotations.items():
         for name in group:
             weight, bias = matrices[name].weight, matrices[name].bias
-            columns = _turned(weight if name == "o" else weight.T, rotation)
+            columns = _rotated_columns(weight if name == "o" else weight.T, rotation)
             if name == "o":
                 matrices[name] = Affine(columns, bias)
             else:
-                matrices[name] = Affine(columns.T, _turned(bias[None], rotation)[0])
+                matrices[name] = Affine(columns.T, _rotated_columns(bias[None], rotation)[0])
         if scheme.query in group:
             ingredient = scheme.ingredient.turn(ingredient, rotation)
     return replace(layer, matrices=matrices, ingredient=ingredient)
 
 
-def _turned(columns: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def _rotated_columns(columns: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotate the columns [n, channels] of each head."""
     heads, head_dim, _ = rotation.shape
     return torch.einsum("nhgc,hcd->nhgd", columns.unflatten(1, (heads, -1, head_dim)), rotation).flatten(1)

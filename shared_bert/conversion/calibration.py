@@ -46,15 +46,16 @@ def counting_inputs(
         By name, the sums of x·xᵀ in float64, and the numbers of rows.
     """
     sums, counts = {}, dict.fromkeys(modules, 0)
-    last = (None, None, 0)  # the input that was counted last, since query, key and value often read the same
+    last = (None, None, None, 0)  # what was counted last, since query, key and value often read the same
 
     def counter(name: str):
         def count(module, inputs):
             nonlocal last
-            if last[0] is not inputs[0]:
+            parent, _, _ = name.rpartition(".")
+            if last[0] != parent or last[1] is not inputs[0]:
                 rows = rows_of(name, inputs[0]).double()
-                last = (inputs[0], rows.T @ rows, len(rows))
-            _, products, number = last
+                last = (parent, inputs[0], rows.T @ rows, len(rows))
+            _, _, products, number = last
             sums[name] = sums[name] + products if name in sums else products
             counts[name] += number
 

@@ -27,22 +27,15 @@ _BATCH_SIZE = 8
 _WINDOW = 1024  # tokens that perplexity reads at once
 _STYLES = {"fitted": {"linestyle": ":", "markerfacecolor": "white"}, "healed": {}}
 _STAGES = tuple(_STYLES)
-_NAMES = (
-    "masa",
-    "masa, 3 groups",
-    "masa, 3 groups, aligned",
-    "masa, 3 atoms in 3 groups, + rank",
-    "masa, 1 atom, + rank",
-    "low_rank",
-    "sequential",
-    "sequential, aligned",
-)
 
 
 def conversions(model: PreTrainedModel, saved: float) -> dict[str, dict[str, Any]]:
     """Return the options of `share` that remove the fraction `saved` of attention's parameters, by name.
 
     The rank of `low_rank` is the mean; `spread_rank` gives each matrix its part of it.
+
+    Raises:
+        ValueError: so little is left that some have no options.
     """
     maps = linear_maps(model.base_model)
     (stack,) = find_attention(model.base_model)
@@ -52,27 +45,29 @@ def conversions(model: PreTrainedModel, saved: float) -> dict[str, dict[str, Any
     per_rank = sum(rows + columns for rows, columns in shapes)
     num_layers = len(layers["query"])
     kept = (1 - saved) * num_layers  # in layers
+    atoms = round(kept)
+    rank = int((kept - 3) * per_layer / (num_layers * per_rank))
+    if not 3 <= atoms <= num_layers or rank < 1:
+        raise ValueError(f"{saved=} leaves matrices of {kept:.2f} layers; 3 atoms with a rank need more")
 
     def residual(atoms: int) -> dict[str, Any]:
         return {"rank": int((kept - atoms) * per_layer / (num_layers * per_rank)), "spread_rank": True}
 
-    atoms = round(kept)
-    masa = {"depth_sharing": "masa", "num_atoms": atoms}
-    in_groups = {**masa, "dictionary_groups": 3}
-    sequential = {"depth_sharing": "sequential", "num_groups": atoms}
-    rows = (
-        masa,
-        in_groups,
-        {**in_groups, "align": True},
-        {**in_groups, "num_atoms": 3, **residual(3)},
-        {**masa, "num_atoms": 1, **residual(1)},
-        {"depth_sharing": "low_rank", **residual(0)},
-        sequential,
-        {**sequential, "align": True},
-    )
     # Zhussip et al. (arXiv 2508.04581) do not align.
     common = {"depth_shared_matrices": "qkvo", "align": False}
-    return {name: {**common, **row} for name, row in zip(_NAMES, rows, strict=True)}
+    masa = {**common, "depth_sharing": "masa", "num_atoms": atoms}
+    in_groups = {**masa, "dictionary_groups": 3}
+    sequential = {**common, "depth_sharing": "sequential", "num_groups": atoms}
+    return {
+        "masa": masa,
+        "masa, 3 groups": in_groups,
+        "masa, 3 groups, aligned": {**in_groups, "align": True},
+        "masa, 3 atoms in 3 groups, + rank": {**in_groups, "num_atoms": 3, **residual(3)},
+        "masa, 1 atom, + rank": {**masa, "num_atoms": 1, **residual(1)},
+        "low_rank": {**common, "depth_sharing": "low_rank", **residual(0)},
+        "sequential": sequential,
+        "sequential, aligned": {**sequential, "align": True},
+    }
 
 
 @dataclass
@@ -113,14 +108,20 @@ class DecoderConversions:
 
         Rows that have a record are skipped, so that an interrupted run can be continued, and several processes can
         share the work. `results.json`, `results.md` and `results.png` have what is there in the end.
+
+        Raises:
+            ValueError: an unknown name, or a fraction that cannot be saved; before anything is measured.
         """
+        options = {fraction: conversions(self.original, fraction) for fraction in saved}
+        for by_name in options.values():
+            if unknown := sorted(set(names or ()) - by_name.keys()):
+                raise ValueError(f"no conversion is named {unknown[0]!r}; there are {'; '.join(by_name)}")
         output.mkdir(parents=True, exist_ok=True)
         self._record(output / "original.json", self.measure_original)
-        for fraction in saved:
-            options = conversions(self.original, fraction)
-            for name in names or options:
+        for fraction, by_name in options.items():
+            for name in names or by_name:
                 path = output / f"{name.replace(' ', '_').replace(',', '')}-{fraction}.json"
-                self._record(path, partial(self.measure, name, fraction, options[name]))
+                self._record(path, partial(self.measure, name, fraction, by_name[name]))
         write_results(output)
 
     def _record(self, path: Path, measure: Callable[[], dict[str, Any]]):
@@ -181,12 +182,11 @@ def write_results(folder: Path):
     Raises:
         ValueError: the folder has no record of the original.
     """
-    if not (path := folder / "original.json").exists():
+    if not (folder / "original.json").exists():
         raise ValueError(f"{folder} has no original.json")
-    original = json.loads(path.read_text())
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
-    rows.sort(key=lambda row: (row["wanted"], _NAMES.index(row["name"])))
-    result = {"original": original, "rows": rows}
+    rows = [json.loads(path.read_text()) for path in folder.glob("*-*.json")]
+    rows.sort(key=lambda row: (row["wanted"], row["name"]))
+    result = {"original": json.loads((folder / "original.json").read_text()), "rows": rows}
     (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / "results.md").write_text(table(result))
     draw(result, folder / "results.png")
@@ -215,7 +215,7 @@ def draw(result: dict[str, Any], path: Path):
     for place, (key, label) in enumerate((("perplexity", "perplexity per token"), ("blimp", "BLiMP accuracy"))):
         axes = figure.add_subplot(1, 2, place + 1, xlabel="attention parameters kept (%)", ylabel=label)
         axes.axhline(result["original"]["fitted"][key], color="#555555", linewidth=1, label="original")
-        for number, name in enumerate(_NAMES):
+        for number, name in enumerate(sorted({row["name"] for row in result["rows"]})):
             for stage, style in _STYLES.items():
                 rows = [row for row in result["rows"] if row["name"] == name and stage in row]
                 if rows:

@@ -7,11 +7,10 @@ from transformers import PreTrainedModel
 
 from ..conversion.calibration import TOKENS_READ, counting_inputs, drift_of, evaluating
 from .linear import features
-from .targets import is_cross_attention
+from .targets import ATTENTION_NAMES, is_cross_attention
 
 # Of the hidden states that the vocabulary head reads.
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_norm")
-_KEYS_AND_VALUES = {"k", "k_proj", "key", "v", "v_proj", "value"}
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def autocorrelations(
     base = model.base_model
     modules = {name: base.get_submodule(name) for name in names}
     batch = {}
-    with counting_inputs(model, modules, lambda name, states: _unmasked(name, states, batch)) as (sums, counts):
+    with counting_inputs(model, modules, lambda name, states: _unmasked(model, name, states, batch)) as (sums, counts):
         for batch in _on_device(model, batches):
             model(**batch)
     for name in names:
@@ -58,7 +57,7 @@ def drift(model: PreTrainedModel, layers: list[str], batches: list[Mapping[str, 
         def count(module, args, kwargs, outputs):
             before = args[0] if args else kwargs["hidden_states"]
             after = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-            before, after = (_unmasked(layers[place], state, batch)[:TOKENS_READ] for state in (before, after))
+            before, after = (_unmasked(model, layers[place], state, batch)[:TOKENS_READ] for state in (before, after))
             totals[place] += float(drift_of(before, after, predict))
             counts[place] += len(before)
 
@@ -97,12 +96,14 @@ def _vocabulary(model: PreTrainedModel) -> float:
     return torch.inf if size is None else size
 
 
-def _unmasked(name: str, states: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _unmasked(
+    model: PreTrainedModel, name: str, states: torch.Tensor, batch: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
     """Return the rows [n, channels] of a module's states which no mask of the batch leaves out."""
-    parts = name.split(".")
-    reads_encoder = is_cross_attention(name) and parts[-1] in _KEYS_AND_VALUES
-    of_decoder = "decoder" in parts and any(key.startswith("decoder_") for key in batch)
-    mask = batch.get("decoder_attention_mask" if of_decoder and not reads_encoder else "attention_mask")
+    keys_and_values = tuple(f".{role}" for row in ATTENTION_NAMES for role in (row.key, row.value))
+    reads_encoder = is_cross_attention(name) and name.endswith(keys_and_values)
+    of_decoder = model.config.is_encoder_decoder and "decoder" in name.split(".") and not reads_encoder
+    mask = batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
     if mask is not None and mask.shape == states.shape[:-1]:
         return states[mask.bool()]
     return states.flatten(0, -2)

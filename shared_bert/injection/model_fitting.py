@@ -1,13 +1,12 @@
 """A whole stock model fitted: first its scheme, then what its layers share."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
-from ..conversion.alignment import can_align
 from ..conversion.depth_fitting import (
     DictionaryGroups,
     copy_common,
@@ -16,7 +15,15 @@ from ..conversion.depth_fitting import (
     write_low_rank,
 )
 from ..conversion.fitting import Metric
-from .aligning import aligned, attention_module, is_rotary, stack_layers, why_logits_are_fixed, write_layer
+from .aligning import (
+    aligned,
+    attention_module,
+    is_rotary,
+    stack_layers,
+    stacks_to_align,
+    why_logits_are_fixed,
+    write_layer,
+)
 from .calibration import autocorrelations, drift
 from .fitting import fit_depth, fit_roles, read_affine
 from .roles import ROLES
@@ -34,7 +41,8 @@ def with_scheme(model: PreTrainedModel, config: SharingConfig, batches: Batches 
         ValueError: no fit of the scheme to such a model is known.
     """
     base = model.base_model
-    for stack in config.attention:
+    stacks = [stack for stack in config.attention if not is_cross_attention(stack["output"])]
+    for stack in stacks:
         reason = why_logits_are_fixed(attention_module(base, stack), base.config)
         if reason is not None and config.attention_scheme != "value_free":
             raise ValueError(
@@ -43,9 +51,7 @@ def with_scheme(model: PreTrainedModel, config: SharingConfig, batches: Batches 
             )
     result = copy.deepcopy(model)
     inject(result, replace(config, depth_sharing="none", targets=[]))
-    for stack in config.attention:
-        if is_cross_attention(stack["output"]):
-            continue
+    for stack in stacks:
         layers = stack_layers(base, stack)
         queries = [names["query"] for names in layers]
         inputs = {} if batches is None else autocorrelations(model, queries, batches)
@@ -70,6 +76,7 @@ class DepthFit:
         separate: the model, its heads moved if they are aligned.
         fits: by target.
         groups: of dictionaries, by the name of the list of layers.
+        aligned: the queries' patterns of the attention whose heads were moved.
     """
 
     def __init__(
@@ -87,7 +94,8 @@ class DepthFit:
         self.groups = self._dictionary_groups(dictionary_groups)
         self.inputs = self._inputs(self.names)
         outputs = {stack["output"] for stack in config.attention}
-        if align and can_align(config):
+        self.aligned = [stack["query"] for stack, _ in stacks_to_align(base, config)] if align else []
+        if self.aligned:
             self.separate = aligned(separate, config, self.groups, self.inputs)
             self.inputs |= self._inputs(outputs & self.names.keys())  # which read the heads
         maps = linear_maps(self.separate.base_model)
@@ -115,9 +123,9 @@ class DepthFit:
                 found[layers] = dictionary_groups_of(len(names), self.config.num_atoms, number, moved)
         return found
 
-    def _inputs(self, targets: Iterable[str]) -> dict[str, list[torch.Tensor]]:
+    def _inputs(self, targets: Collection[str]) -> dict[str, list[torch.Tensor]]:
         """Return the autocorrelation of the inputs of every layer, by target."""
-        if self.batches is None:
+        if self.batches is None or not targets:
             return {}
         every = [name for target in targets for name in self.names[target]]
         found = autocorrelations(self.separate, every, self.batches)

@@ -1,6 +1,6 @@
 """What sharing saves and loses."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from ..conversion.depth_fitting import DictionaryGroups
 from ..conversion.report import saved_line
@@ -19,6 +19,7 @@ class SharingReport:
         layer_ranks: the rank of each target's factors in every layer, where they were spread.
         dictionary_groups: first layer, layer after the last and atoms of each group of a stack's dictionaries, by the
             name of the stack's layers.
+        aligned: the queries' names, in patterns, of the attention whose heads were aligned.
     """
 
     attention_scheme: str
@@ -30,6 +31,7 @@ class SharingReport:
     total_after: int
     layer_ranks: dict[str, list[int]] | None = None
     dictionary_groups: dict[str, DictionaryGroups] | None = None
+    aligned: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -41,6 +43,8 @@ class SharingReport:
         for name in ("dictionary_groups", "layer_ranks"):
             if getattr(self, name):
                 lines += [f"{name} of {key}: {value}" for key, value in getattr(self, name).items()]
+        if self.aligned:
+            lines.append("heads aligned: " + ", ".join(self.aligned))
         lines.append(saved_line("matrices", self.parameters_before, self.parameters_after))
         lines.append(saved_line("model", self.total_before, self.total_after))
         return "\n".join(lines)

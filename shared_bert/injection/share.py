@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..conversion.alignment import can_align, check_scipy
+from ..conversion.alignment import check_scipy
 from ..conversion.depth_fitting import check_fit_options
 from ..conversion.families import STOCK_CLASSES
 from ..modeling.loading import check_loaded
+from .aligning import stacks_to_align
 from .model_fitting import DepthFit, with_scheme
 from .quantizer import SharingQuantizer, own_modules
 from .report import SharingReport
@@ -79,12 +80,12 @@ def share(
     _check_ties(model, config)
     if not initialize:
         _check_finite(model.base_model, config)
-    if align and not initialize and can_align(config):
+    if align and not initialize and stacks_to_align(model.base_model, config):
         check_scipy()
     result = copy.deepcopy(model)
     inject(result, config)  # what cannot share is refused here, before any fitting
 
-    errors, groups = {}, {}
+    errors, groups, aligned = {}, {}, []
     if initialize:
         _initialize(model.base_model, result, config, pairwise_init, diagonal_init_std)
     else:
@@ -99,7 +100,7 @@ def share(
                 result = copy.deepcopy(model)
                 inject(result, config)
             depth.write(result)
-            errors, groups = depth.errors(result), depth.groups
+            errors, groups, aligned = depth.errors(result), depth.groups, depth.aligned
     quantizer = SharingQuantizer(config)
     result.hf_quantizer, result.is_quantized, result.quantization_method = quantizer, True, config.quant_method
     quantizer.postprocess_model(result)
@@ -114,6 +115,7 @@ def share(
         total_after=result.num_parameters(),
         layer_ranks=config.layer_ranks,
         dictionary_groups=groups if dictionary_groups > 1 else None,
+        aligned=aligned,
     )
     return result, report
 

@@ -56,7 +56,7 @@ def test_as_conversion_does(bert, batches, options, is_calibrated, align):
     shared, report = shared_bert.share(bert, **options)
     inputs = {"input_ids": batches[1]["input_ids"]}
     # Of a scheme whose layers share, the inputs are measured on another model.
-    tolerance = 5e-2 if {"attention_scheme", "depth_sharing"} <= options.keys() else 1e-4
+    tolerance = (5e-2 if align else 5e-3) if {"attention_scheme", "depth_sharing"} <= options.keys() else 1e-4
     torch.testing.assert_close(logits(shared, inputs), logits(converted, inputs), rtol=1e-3, atol=tolerance)
     assert shared.num_parameters() == report.total_after
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoModel, CohereConfig, LlavaConfig, RoFormerConfig
+from transformers import AutoModel, CohereConfig, LlavaConfig, PreTrainedModel, RoFormerConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import shared_bert
 
@@ -135,13 +136,18 @@ def test_rotations_of_other_pairs_have_no_fit(config):
         shared_bert.share(model, "shared_kv")
 
 
-def test_rope_is_found_within_another_model():
-    """The text model of LLaVA is a Llama: whose values are its keys already loses nothing."""
+def llava(text_config: dict) -> PreTrainedModel:
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    text = {**size, "model_type": "llama", "vocab_size": 99}
     vision = {**size, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+    config = LlavaConfig(text_config={**size, "vocab_size": 99, **text_config}, vision_config=vision)
+    config.image_token_index = 98
     torch.manual_seed(0)
-    model = AutoModel.from_config(LlavaConfig(text_config=text, vision_config=vision, image_token_index=98)).eval()
+    return AutoModel.from_config(config).eval()
+
+
+def test_rope_is_found_within_another_model():
+    """The text model of this LLaVA is a Llama: whose values are its keys already loses nothing."""
+    model = llava({"model_type": "llama"})
     for module in model.modules():
         if hasattr(module, "v_proj"):
             module.v_proj.load_state_dict(module.k_proj.state_dict())
@@ -149,3 +155,20 @@ def test_rope_is_found_within_another_model():
     shared, _ = shared_bert.share(model, "shared_kv")
     with torch.no_grad():
         torch.testing.assert_close(shared(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_partial_rotation_is_found_within_another_model():
+    with pytest.raises(ValueError, match="rotates a part of each head"):
+        shared_bert.share(llava({"model_type": "stablelm"}), "shared_kv")
+
+
+def test_rope_is_found_in_a_base_class():
+    class OwnAttention(LlamaAttention):
+        pass
+
+    model = ARCHITECTURES["llama"].model(num_key_value_heads=4)
+    expected, _ = shared_bert.share(model, "symmetric")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = OwnAttention
+    found, _ = shared_bert.share(model, "symmetric")
+    torch.testing.assert_close(found.state_dict(), expected.state_dict())
