@@ -36,8 +36,8 @@ speed() {
         shape="hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32,vocab_size=64"
     fi
     for compile in "" --compile; do
-        benchmark "mlm$compile" train --task mlm --shapes $mlm --precision $precision --rounds $rounds --model_fields "$shape" $compile
-        benchmark "clm$compile" train --task clm --shapes $clm --precision $precision --rounds $rounds --model_fields "$shape" $compile
+        benchmark "mlm${compile:+_compiled}" train --task mlm --shapes $mlm --precision $precision --rounds $rounds --model_fields "$shape" $compile
+        benchmark "clm${compile:+_compiled}" train --task clm --shapes $clm --precision $precision --rounds $rounds --model_fields "$shape" $compile
     done
     local of_decoding=()
     [ -z "$shape" ] || of_decoding=(--model_fields "$shape" --new_tokens 2 --shapes 1x4 --sharing "depth_sharing=masa,num_atoms=1")
@@ -67,11 +67,11 @@ images() {
 }
 
 decoder() {
-    local folder=${1:?name the folder of smollm2} options=() pids=()
-    [ -z "${TINY:-}" ] || options=(--saved 0.2 --texts 2 --heal_steps 1 --calibration_tokens 1024)
+    local folder=${1:?name the folder of smollm2} options=(--pairs 100) pids=()
+    [ -z "${TINY:-}" ] || options=(--pairs 1 --saved 0.2 --texts 2 --heal_steps 1 --calibration_tokens 1024)
     for row in low_rank "masa, 1 atom, + rank" "masa, 3 atoms in 3 groups, + rank" "masa, 3 groups" sequential masa; do
         python scripts/convert_smollm2.py --model "$folder/smollm2" --text "$folder/wiki.parquet" \
-            --held_out "$folder/wiki_validation.parquet" --blimp "$folder/blimp.parquet" --pairs ${TINY:+1}${TINY:-100} \
+            --held_out "$folder/wiki_validation.parquet" --blimp "$folder/blimp.parquet" \
             --rows "$row" --output_dir "$output/rows" "${options[@]}" >"$output/${row// /_}.log" 2>&1 &
         pids+=($!)
         [ -z "${TINY:-}" ] || break
