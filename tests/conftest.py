@@ -94,3 +94,20 @@ def kind(request) -> str:
 @pytest.fixture
 def input_ids() -> torch.Tensor:
     return torch.randint(3, TINY["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def learns_in_bfloat16(model, inputs: dict, compiled: bool, steps: int) -> bool:
+    """Whether the loss of one batch falls by a nat, on a GPU."""
+    model.cuda().train()
+    inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+    losses = []
+    for _ in range(steps):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = forward(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses[-1] < losses[0] - 1

@@ -1,7 +1,6 @@
 """What smaller attention costs a trained decoder: conversions of several sizes, fitted and healed."""
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,10 +15,11 @@ from ..data import calibration_batches, load_documents
 from ..injection import share
 from ..injection.linear import features
 from ..injection.targets import find_attention, layer_names, linear_maps
-from ..training import DataArguments, PretrainingArguments, heal
+from ..training import DataArguments
 from .efficiency import environment
 from .likelihood import blimp_accuracy, perplexity
 from .records import save_record
+from .short_healing import heal_shortly
 
 SAVED = (0.1, 0.2, 0.33, 0.5)
 _BLOCK_SIZE = 512
@@ -149,31 +149,12 @@ class DecoderConversions:
             "report": report.to_dict(),
         }
         if self.heal_steps:
-            row["healing"] = self.heal(converted)
+            data_args = DataArguments(train_file=self.text, block_size=_BLOCK_SIZE)
+            row["healing"] = heal_shortly(
+                converted, self.original, self.tokenizer, data_args, self.heal_steps, _BATCH_SIZE, learning_rate=3e-4
+            )
             row["healed"] = self.quality(converted)
         return row
-
-    def heal(self, converted: PreTrainedModel) -> dict[str, float]:
-        on_gpu = self.original.device.type == "cuda"
-        with tempfile.TemporaryDirectory() as folder:
-            training_args = PretrainingArguments(
-                output_dir=folder,
-                max_steps=self.heal_steps,
-                per_device_train_batch_size=_BATCH_SIZE,
-                learning_rate=3e-4,
-                weight_decay=0.0,
-                warmup_steps=0.05,
-                lr_scheduler_type="cosine",
-                logging_steps=20,
-                save_strategy="no",
-                disable_tqdm=True,
-                bf16=on_gpu,
-                use_cpu=not on_gpu,
-            )
-            data_args = DataArguments(train_file=self.text, block_size=_BLOCK_SIZE, max_eval_samples=32)
-            metrics = heal(converted, self.original, self.tokenizer, data_args, training_args)
-        tokens = self.heal_steps * _BATCH_SIZE * _BLOCK_SIZE
-        return {"tokens": tokens, "seconds": metrics["train_runtime"], "eval_loss": metrics["eval_loss"]}
 
 
 def write_results(folder: Path):

@@ -1,21 +1,20 @@
 """What conversions lose: a sentence encoder under every scheme and depth sharing, on sentence similarity."""
 
 import json
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion import from_stock
 from ..data import calibration_batches, load_documents
 from ..modeling import SCHEMES
-from ..training import DataArguments, PretrainingArguments, heal
+from ..training import DataArguments
 from .efficiency import environment
 from .sentence_similarity import similarity_spearman
+from .short_healing import heal_shortly
 
 _BLOCK_SIZE = 64
 _CALIBRATION_TOKENS = 2**15
@@ -108,32 +107,13 @@ class EncoderConversions:
         row["report"] = report.to_dict()
         print(report, flush=True)
         if spearman_of_original - row["spearman"]["calibrated"] > 1e-4:
-            row["healing"] = self.heal(converted, self.heal_steps or _LONG_HEAL_STEPS.get(name, _HEAL_STEPS))
+            steps = self.heal_steps or _LONG_HEAL_STEPS.get(name, _HEAL_STEPS)
+            data_args = DataArguments(**self.source, block_size=_BLOCK_SIZE)
+            row["healing"] = heal_shortly(
+                converted, self.original, self.tokenizer, data_args, steps, _BATCH_SIZE, learning_rate=5e-4
+            )
             row["spearman"]["healed"] = self.spearman(converted)
         return row
-
-    def heal(self, converted: PreTrainedModel, steps: int) -> dict:
-        with tempfile.TemporaryDirectory() as folder:
-            training_args = PretrainingArguments(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=_BATCH_SIZE,
-                learning_rate=5e-4,
-                weight_decay=0.0,
-                warmup_steps=0.05,
-                lr_scheduler_type="cosine",
-                logging_steps=20,
-                save_strategy="no",
-                use_cpu=not torch.cuda.is_available(),
-            )
-            data_args = DataArguments(**self.source, block_size=_BLOCK_SIZE, max_eval_samples=32)
-            metrics = heal(converted, self.original, self.tokenizer, data_args, training_args)
-        return {
-            "steps": steps,
-            "tokens": steps * _BATCH_SIZE * _BLOCK_SIZE,
-            "seconds": metrics["train_runtime"],
-            "eval_loss": metrics["eval_loss"],
-        }
 
 
 _CARD = """# all-MiniLM-L6-v2, converted

@@ -5,6 +5,7 @@ import torch
 
 import shared_bert
 
+from ..conftest import learns_in_bfloat16
 from .architectures import ARCHITECTURES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -40,19 +41,7 @@ def test_fits_and_outputs_agree_with_the_cpu(llama, inputs, fit):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_in_bfloat16_learns(shared, inputs, compiled):
-    model = shared.cuda().train()
-    batch = {name: value.cuda() for name, value in inputs.items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    forward = torch.compile(model, fullgraph=True) if compiled else model
-    losses = []
-    for _ in range(40):
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = forward(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1
+    assert learns_in_bfloat16(shared, inputs, compiled, steps=40)
 
 
 def test_static_cache_generates_the_same(shared, inputs):
