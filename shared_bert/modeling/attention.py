@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .dropout import runs_plainly_on_cpu
+from .piecewise_attention import piecewise_attention_forward
 from .projections import make_linear
 
 
@@ -106,16 +108,14 @@ class SelfAttention(nn.Module):
         query, key, value = self.roles(hidden_states, projection_weight)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        # Pieces are as exact as "sdpa", and faster where torch has no kernel.
+        if implementation == "sdpa" and ("texts" in kwargs or 0 < dropout < 1) and runs_plainly_on_cpu(query):
+            attend = piecewise_attention_forward
         context, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         context = context.reshape(*hidden_states.shape[:-1], -1)  # vLLM's attention returns [tokens, hidden]
         context = self.scheme.ingredient.fold_context(self, context)

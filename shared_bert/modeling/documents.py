@@ -1,13 +1,17 @@
 """Packed batches: several documents in a row, none seen by another.
 
 A model takes `document_ids` [batch, seq]: equal, contiguous numbers within a document. From them come the
-positions, which restart in every document, and what keeps documents apart: a block-diagonal mask, or the sequence
-lengths that flash attention takes instead.
+positions, which restart in every document, and what keeps documents apart: a block-diagonal mask, the sequence
+lengths that flash attention takes instead, or the texts that attention in pieces takes on a CPU.
 """
+
+import itertools
 
 import torch
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, packed_sequence_mask_function
 from transformers.utils.generic import is_flash_attention_requested
+
+from .dropout import runs_plainly_on_cpu
 
 
 def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
@@ -21,6 +25,11 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     """Return the position of each token in its document, [batch, seq]."""
     indices = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     return indices - torch.where(document_starts(document_ids), indices, 0).cummax(dim=1).values
+
+
+def _slices(lengths: list[int]) -> list[slice]:
+    ends = list(itertools.accumulate(lengths))
+    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
 
 
 def check_length(config, length: int):
@@ -87,6 +96,9 @@ def attention_inputs(
             "max_length_q": longest,
             "max_length_k": longest,
         }
+    if config._attn_implementation == "sdpa" and runs_plainly_on_cpu(inputs_embeds):
+        lengths = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in document_ids]
+        return None, {"texts": [(row, part) for row, parts in enumerate(map(_slices, lengths)) for part in parts]}
     same_document = packed_sequence_mask_function(document_ids)
     if is_causal:
         return create_causal_mask(config, inputs_embeds, None, None, and_mask_function=same_document), {}

@@ -6,12 +6,12 @@ the head, and the float32 logits of all positions, which are the largest tensor 
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-# Logits above this many are computed in pieces, and again for the backward pass: 2 GiB in float32.
+# Logits that are computed at once, 256 MiB in float32 on a CPU. Other devices want larger products.
 # (F.linear_cross_entropy of torch 2.13 took twice the time of the plain form on a CPU and does not compile.)
-MAX_LOGITS = 2**29
+MAX_LOGITS = {"cpu": 2**26, "other": 2**28}
 
 
 def predicted_positions(labels: torch.Tensor, num_predictions: int | None = None) -> torch.Tensor | None:
@@ -44,48 +44,70 @@ def predicted_positions(labels: torch.Tensor, num_predictions: int | None = None
         return None
 
 
-class VocabularyLogits(torch.autograd.Function):
-    """`linear` whose gradient of the weight is a tensor of its own.
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the cross-entropies of a linear head, whose gradients are computed along with it.
 
-    Where the weight is tied to the embeddings, autograd then adds their gradient to it in place. That of
-    `nn.functional.linear` is a view, so the sum is a third matrix of that size.
-    (`torch.compile` does not accept a `jvp`: forward-mode differentiation needs `model.eval()`.)
+    The logits of a piece of the rows are computed once, become their own gradient in place, and are gone before those
+    of the next piece: all logits are never kept, and nothing is computed twice. The gradient of the weight is a
+    tensor of its own, to which autograd adds that of tied embeddings in place.
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, labels):
+        needs_hidden_states, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dtype, exact = _computing_dtype(hidden_states), torch.promote_types(hidden_states.dtype, torch.float32)
+        matrix = weight.to(dtype)
+        of_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+        of_bias = torch.zeros_like(bias, dtype=exact) if needs_bias else None
+        of_hidden_states = torch.empty_like(hidden_states) if needs_hidden_states else None
+        loss = torch.zeros((), dtype=exact, device=hidden_states.device)
+        step = max(1, MAX_LOGITS["cpu" if weight.device.type == "cpu" else "other"] // len(weight))
+        for start in range(0, len(labels), step):
+            piece = slice(start, start + step)
+            inputs, is_predicted = hidden_states[piece].to(dtype), labels[piece] != IGNORED
+            index = torch.arange(len(inputs), device=inputs.device), labels[piece].where(is_predicted, 0)
+            logits = nn.functional.linear(inputs, matrix, None if bias is None else bias.to(dtype))
+            log_probabilities = logits.log_softmax(-1, dtype=exact)
+            loss -= (log_probabilities[index] * is_predicted).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            of_logits = torch.exp(log_probabilities, out=logits)
+            of_logits[index] -= 1
+            is_predicted = is_predicted.to(dtype)[:, None]
+            if needs_hidden_states:
+                of_hidden_states[piece] = of_logits @ matrix * is_predicted
+            if needs_weight:
+                of_weight += of_logits.T @ (inputs * is_predicted)
+            if needs_bias:
+                of_bias += (of_logits.T @ is_predicted).flatten()
+        ctx.save_for_backward(
+            of_hidden_states,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+        )
+        return loss
 
     @staticmethod
-    def forward(hidden_states, weight, bias):
-        return nn.functional.linear(hidden_states, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        hidden_states, weight = ctx.saved_tensors
-        # Under autocast the logits, and so their gradient, have another dtype than the weight.
-        of_hidden_states = (gradient @ weight.to(gradient.dtype)).to(hidden_states.dtype)
-        of_weight = of_bias = None
-        if ctx.needs_input_grad[1]:
-            of_weight = (gradient.T @ hidden_states.to(gradient.dtype)).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            of_bias = gradient.sum(0).to(weight.dtype)
-        return of_hidden_states, of_weight, of_bias
+        return *(None if saved is None else saved.mul_(gradient) for saved in ctx.saved_tensors), None
 
 
-class VocabularyHead(nn.Linear):
-    """The `nn.Linear` over the vocabulary, which saves a matrix of gradients while training.
+def _computing_dtype(tensor: torch.Tensor) -> torch.dtype:
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
-    It does so for the [rows, hidden] of a loss and an ordinary parameter; a weight that is quantized, sharded or
-    replaced by `torch.func` takes the usual path. (`resize_token_embeddings` replaces it by a plain `nn.Linear`.)
-    """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.training and hidden_states.ndim == 2 and type(self.weight) is nn.Parameter:
-            return VocabularyLogits.apply(hidden_states, self.weight, self.bias)
-        return super().forward(hidden_states)
+def _is_plain_linear(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Return whether the result of `head` is x·Wᵀ + b of its parameters, and nothing follows calls of it."""
+    return (
+        not torch.compiler.is_compiling()  # which fuses the plain form
+        and type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and "forward" not in vars(head)
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, (hidden_states, head.weight)))
+    )
 
 
 def linear_cross_entropy(
@@ -94,7 +116,7 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy, in nats, of `head(hidden_states)` against `labels`, in float32.
+    """Cross-entropy, in nats, of `head(hidden_states)` against `labels`, in float32 at least.
 
     Args:
         hidden_states: [rows, hidden].
@@ -104,21 +126,15 @@ def linear_cross_entropy(
             divides by the predictions in `labels`.
 
     Returns:
-        A scalar; 0 if nothing is predicted.
+        A scalar; 0 if nothing is predicted. Its gradient can be taken once, and not be differentiated.
     """
 
-    def total(hidden_states, labels):
-        logits = head(hidden_states).float()
-        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-
-    pieces = -(-labels.numel() * head.weight.shape[0] // MAX_LOGITS)
-    if pieces <= 1:
-        loss = total(hidden_states, labels)
+    if _is_plain_linear(head, hidden_states):
+        loss = _LinearCrossEntropy.apply(hidden_states, head.weight, head.bias, labels)
     else:
-        loss = sum(
-            checkpoint(total, *piece, use_reentrant=False)
-            for piece in zip(hidden_states.chunk(pieces), labels.chunk(pieces), strict=True)
-        )
+        logits = head(hidden_states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     if num_items_in_batch is None:
         num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
     return loss / num_items_in_batch

@@ -33,8 +33,9 @@ from .attention import SelfAttention
 from .configuration_shared_bert import SharedBertConfig
 from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
 from .documents import attention_inputs, check_length, check_positions, document_positions
+from .dropout import Dropout
 from .loading import SafetensorsOnly
-from .losses import VocabularyHead, linear_cross_entropy, predicted_positions
+from .losses import linear_cross_entropy, predicted_positions
 from .projections import LowRankLinear, SharedLinear
 from .stock_names import StockName, read_stock_names
 
@@ -45,7 +46,7 @@ class SharedBertAttentionNorm(nn.Module):
     def __init__(self, config: SharedBertConfig):
         super().__init__()
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(self.dropout(hidden_states) + residual)
@@ -75,6 +76,7 @@ class SharedBertLayer(GradientCheckpointingLayer):
         self.attention = SharedBertAttention(config, layer_idx)
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
+        self.output.dropout = Dropout(config.hidden_dropout_prob)
 
     # Shared weights are positional: checkpointing passes gradients to positional arguments only.
     def forward(
@@ -126,6 +128,7 @@ class SharedBertModel(SharedBertPreTrainedModel):
     def __init__(self, config: SharedBertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
+        self.embeddings.dropout = Dropout(config.hidden_dropout_prob)
         self.encoder = SharedBertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
@@ -191,7 +194,7 @@ class SharedBertPredictionHead(nn.Module):
     def __init__(self, config: SharedBertConfig):
         super().__init__()
         self.transform = BertPredictionHeadTransform(config)
-        self.decoder = VocabularyHead(config.hidden_size, config.vocab_size)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.register_load_state_dict_pre_hook(_drop_second_name)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,9 @@ from .attention import SelfAttention
 from .configuration_shared_gpt import SharedGptConfig
 from .depth_sharing import SharedMatrix, make_depth_sharing, shared_weights
 from .documents import attention_inputs, check_length, check_positions, document_positions
+from .dropout import Dropout
 from .loading import SafetensorsOnly
-from .losses import VocabularyHead, linear_cross_entropy
+from .losses import linear_cross_entropy
 from .projections import LowRankLinear, SharedLinear
 from .stock_names import StockName, read_stock_names
 
@@ -60,7 +61,7 @@ class SharedGptBlock(GradientCheckpointingLayer):
         self.attn = SelfAttention(config, layer_idx, is_causal=True)
         self.ln_2 = _layer_norm(config)
         self.mlp = SharedGptMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.attn.output.adds_to_residual = self.mlp.c_proj.adds_to_residual = True
         if config.is_stock:
             self.register_load_state_dict_pre_hook(read_stock_names)
@@ -126,7 +127,7 @@ class SharedGptModel(SharedGptPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.drop = nn.Dropout(config.hidden_dropout_prob)
+        self.drop = Dropout(config.hidden_dropout_prob)
         self.h = nn.ModuleList([SharedGptBlock(config, i) for i in range(config.num_hidden_layers)])
         self.depth_sharing = make_depth_sharing(config)
         if "output" in config.shared_maps and self.depth_sharing is not None:
@@ -212,7 +213,7 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
     def __init__(self, config: SharedGptConfig):
         super().__init__(config)
         self.transformer = SharedGptModel(config)
-        self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -57,7 +57,7 @@ class Doubled(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("head_class", [torch.nn.Linear, losses.VocabularyHead, Doubled])
+@pytest.mark.parametrize("head_class", [torch.nn.Linear, Doubled])
 def test_pieces_make_the_whole(monkeypatch, head_class, with_bias):
     torch.manual_seed(0)
     head = head_class(8, 31, bias=with_bias)
@@ -65,7 +65,7 @@ def test_pieces_make_the_whole(monkeypatch, head_class, with_bias):
     labels = torch.randint(31, (23,)).masked_fill(torch.arange(23) % 3 == 0, -100)
     inputs = [hidden, *head.parameters()]
     expected = cross_entropy(head(hidden), labels)
-    monkeypatch.setattr(losses, "MAX_LOGITS", 31 * 5)
+    monkeypatch.setitem(losses.MAX_LOGITS, "cpu", 31 * 5)
     got = losses.linear_cross_entropy(hidden, head, labels)
     torch.testing.assert_close(got, expected)
     pairs = zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True)
