@@ -1,8 +1,8 @@
 """Dropout on a CPU, with noise that is drawn fast and made again in the backward pass.
 
-torch draws one Bernoulli variable after the other on a CPU, 12 ns each (a seventh of a training step of BERT-base), and
-keeps them in float32. Here 16 random bits decide about an element, which takes a tenth of the time, and only the seed is
-kept. On other devices, under `torch.compile` and in `torch.func` dropout is torch's.
+torch draws one Bernoulli variable after the other on a CPU, 12 ns each (a seventh of a training step of BERT-base),
+and keeps them in float32. Here 16 random bits decide about an element, which takes a tenth of the time, and only the
+seed is kept. On other devices, under `torch.compile` and in `torch.func` dropout is torch's.
 """
 
 import math

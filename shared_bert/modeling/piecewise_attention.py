@@ -51,7 +51,7 @@ class _PiecewiseAttention(torch.autograd.Function):
 
 
 def _empty_like(heads: torch.Tensor) -> torch.Tensor:
-    """Return an empty [batch, heads, seq, head_dim] whose heads of a token lie side by side, as projections want it."""
+    """Return an empty [batch, heads, seq, head_dim] in which the heads of a token lie side by side."""
     batch, num_heads, length, head_dim = heads.shape
     return heads.new_empty(batch, length, num_heads, head_dim).transpose(1, 2)
 
@@ -101,7 +101,5 @@ def piecewise_attention_forward(
         texts = [(row, slice(None)) for row in range(len(query))]
     is_causal = module.is_causal and attention_mask is None and query.shape[2] > 1
     seed = new_seed() if dropout > 0 else 0
-    context = _PiecewiseAttention.apply(
-        query, key, value, attention_mask, texts, (scaling, dropout, is_causal, seed)
-    )
+    context = _PiecewiseAttention.apply(query, key, value, attention_mask, texts, (scaling, dropout, is_causal, seed))
     return context.transpose(1, 2), None
