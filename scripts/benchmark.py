@@ -3,26 +3,38 @@
 python scripts/benchmark.py train                      # the table of the README, on this machine
 python scripts/benchmark.py train --task mlm --shapes 8x128 --scheme pairwise
 python scripts/benchmark.py train --device cuda --precision bf16 --compile
-python scripts/benchmark.py depth                      # what assembling the matrices of MASA adds to a step
-python scripts/benchmark.py decode                     # decoding with MASA and without
+python scripts/benchmark.py memory                     # of a training step, without its time
+python scripts/benchmark.py encode                     # all schemes, without gradients
+python scripts/benchmark.py decode --scheme shared     # generation, and the bytes of the cache
+python scripts/benchmark.py packed --train_file FILE   # pre-training on packed documents, and on padded ones
 python scripts/benchmark.py finetune --model FOLDER    # fine-tuning at real lengths, and with padding to 128
+python scripts/benchmark.py growth                     # time and memory against length and batch
+python scripts/benchmark.py depth                      # what assembling the matrices of MASA adds to a step
 python scripts/benchmark.py efficiency --model A,B,C   # size, work, time and memory of several models beside stock
+
+train, encode and decode compare with the stock model of the same shape; with --sharing they compare depth sharing with
+separate layers.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import shared_bert
 from shared_bert.command_line import reports_user_errors
-from shared_bert.data import load_tokenizer
+from shared_bert.data import load_documents, load_tokenizer, train_tokenizer
 from shared_bert.data.tasks import load_glue
-from shared_bert.evaluation import StepSettings, compare_decoding, compare_training_steps, environment
+from shared_bert.evaluation import StepSettings, TrainingStep, compare_training_steps, environment, peak_memory
+from shared_bert.evaluation.efficiency import DecodingSettings, Encoding, compare, compare_decoding
 from shared_bert.evaluation.efficiency_table import efficiency_table, measure_efficiency, read_config
 from shared_bert.evaluation.finetuning_speed import compare_padding
+from shared_bert.evaluation.growth import draw_growth, growth_table, measure_growth
+from shared_bert.evaluation.packing_speed import compare_packing
 from shared_bert.training.arguments import read_overrides
 
 DEFAULT_SCHEMES = {"mlm": "shared", "clm": "query_free"}
@@ -33,8 +45,9 @@ def shape(text: str) -> tuple[int, int]:
     return int(batch_size), int(sequence_length)
 
 
-def step_settings(arguments: argparse.Namespace, task: str, batch: tuple[int, int], scheme: str) -> StepSettings:
-    return StepSettings(
+def pair(arguments: argparse.Namespace, task: str, batch: tuple[int, int], scheme: str, **more) -> dict:
+    """Return the settings of the two models that are compared, by name."""
+    settings = StepSettings(
         task,
         *batch,
         scheme,
@@ -43,65 +56,124 @@ def step_settings(arguments: argparse.Namespace, task: str, batch: tuple[int, in
         device=arguments.device,
         model_fields=tuple(read_overrides(arguments.model_fields).items()),
     )
+    if more:
+        settings = DecodingSettings(**vars(settings), **more)
+    if not arguments.sharing:
+        return {"stock": replace(settings, attention_scheme=None), "shared": settings}
+    sharing = tuple(read_overrides(arguments.sharing).items())
+    return {"own": settings, "shared": replace(settings, model_fields=settings.model_fields + sharing)}
+
+
+def report(arguments: argparse.Namespace, rows: Iterable[dict]):
+    """Print each row when it is there, and write all."""
+    kept = []
+    print(
+        f"{'task':6} {'scheme':12} {'batch':>9} {'before':>10} {'after':>10} {'speedup':>8} {'quartiles':>13}  memory"
+    )
+    for row in rows:
+        kept.append(row)
+        settings = row["settings"]["shared"]
+        batch = f"{settings['batch_size']}x{settings['sequence_length']}"
+        before, after = (f"{1000 * seconds:.1f} ms" for seconds in row["seconds"].values())
+        low, high = row["speedup_quartiles"][0], row["speedup_quartiles"][-1]
+        memory = f"  {row['memory_ratio']:.2f}x" if "memory_ratio" in row else ""
+        print(
+            f"{settings['task']:6} {settings['attention_scheme']:12} {batch:>9} {before:>10} {after:>10} "
+            f"{row['speedup']:7.2f}x {low:5.2f} to {high:.2f}{memory}",
+            flush=True,
+        )
+    write(arguments, kept)
+    print("speedup: " + ", ".join(f"{row['speedup']:.2f}" for row in kept))
 
 
 def train(arguments: argparse.Namespace):
+    def rows() -> Iterator[dict]:
+        for task in arguments.task:
+            for batch in arguments.shapes:
+                compared = pair(arguments, task, batch, arguments.scheme or DEFAULT_SCHEMES[task])
+                if arguments.skip_memory:
+                    yield compare(TrainingStep, compared, arguments.rounds)
+                else:
+                    yield compare_training_steps(compared, arguments.rounds)
+
+    report(arguments, rows())
+
+
+def depth(arguments: argparse.Namespace):
+    def rows() -> Iterator[dict]:
+        for batch in arguments.shapes:
+            row = compare_training_steps(pair(arguments, arguments.task, batch, arguments.scheme), arguments.rounds)
+            # Round by round: a machine that slows down for a while slows both steps of a round.
+            yield {**row, "overhead": 1 / statistics.median(row["speedup_quartiles"]) - 1}
+
+    report(arguments, rows())
+
+
+def encode(arguments: argparse.Namespace):
+    def rows() -> Iterator[dict]:
+        for scheme in arguments.scheme:
+            for batch in arguments.shapes:
+                yield compare(Encoding, pair(arguments, "mlm", batch, scheme), arguments.rounds)
+
+    report(arguments, rows())
+
+
+def decode(arguments: argparse.Namespace):
+    def rows() -> Iterator[dict]:
+        for scheme in arguments.scheme:
+            for batch in arguments.shapes:
+                compared = pair(arguments, "clm", batch, scheme, new_tokens=arguments.new_tokens)
+                yield compare_decoding(compared, arguments.rounds)
+
+    report(arguments, rows())
+
+
+def memory(arguments: argparse.Namespace):
     rows = []
-    print(f"{'task':5} {'scheme':11} {'batch':>9} {'stock s':>8} {'shared s':>8} {'memory':>7} {'speedup':>8}")
     for task in arguments.task:
         for batch in arguments.shapes:
-            scheme = arguments.scheme or DEFAULT_SCHEMES[task]
-            settings = step_settings(arguments, task, batch, scheme)
-            compared = {"stock": replace(settings, attention_scheme=None), "shared": settings}
-            row = compare_training_steps(compared, arguments.rounds)
-            rows.append(row)
-            seconds = row["seconds_per_step"]
-            print(
-                f"{task:5} {scheme:11} {batch[0]:>4}x{batch[1]:<4} {seconds['stock']:8.3f} "
-                f"{seconds['shared']:8.3f} {row['memory_ratio']:6.2f}x {row['speedup']:7.2f}x",
-                flush=True,
-            )
+            compared = pair(arguments, task, batch, arguments.scheme or DEFAULT_SCHEMES[task])
+            peaks = {name: peak_memory(settings) for name, settings in compared.items()}
+            before, after = peaks.values()
+            settings = {name: asdict(of_model) for name, of_model in compared.items()}
+            rows.append({"settings": settings, "peak_memory_bytes": peaks, "memory_ratio": after / before})
+            print(f"{task} {batch[0]}x{batch[1]}: {before / 2**30:.2f} and {after / 2**30:.2f} GiB", flush=True)
+    write(arguments, rows)
+    print("memory: " + ", ".join(f"{row['memory_ratio']:.2f}" for row in rows))
+
+
+def packed(arguments: argparse.Namespace):
+    documents = load_documents(train_file=arguments.train_file)["train"]
+    documents = documents.shuffle(seed=0).select(range(min(arguments.documents, len(documents))))
+    if arguments.tokenizer_name:
+        tokenizer = load_tokenizer(arguments.tokenizer_name)
+    else:
+        longest = max(length for _, length in arguments.shapes)
+        tokenizer = train_tokenizer("wordpiece", documents, arguments.vocab_size, model_max_length=longest)
+    rows = []
+    for batch in arguments.shapes:
+        settings = pair(arguments, "mlm", batch, arguments.scheme)["shared"]
+        fields = (*settings.model_fields, ("vocab_size", math.ceil(len(tokenizer) / 64) * 64))
+        row = compare_packing(replace(settings, model_fields=fields), documents, tokenizer, arguments.rounds)
+        rows.append({"text": Path(arguments.train_file).name, **row})
+        for name, speed in row["tokens_per_second"].items():
+            print(f"{name} {speed:10,.0f} real tokens/s, {row['real_share'][name]:.0%} of the positions", flush=True)
     write(arguments, rows)
     print("speedup: " + ", ".join(f"{row['speedup']:.2f}" for row in rows))
 
 
-def depth(arguments: argparse.Namespace):
-    rows = []
-    print(f"{'task':5} {'scheme':11} {'batch':>9} {'own s':>8} {'shared s':>8} {'memory':>7} {'overhead':>8}")
-    for batch in arguments.shapes:
-        own = step_settings(arguments, arguments.task, batch, arguments.scheme)
-        sharing = tuple(read_overrides(arguments.sharing).items())
-        compared = {"own": own, "shared": replace(own, model_fields=own.model_fields + sharing)}
-        row = compare_training_steps(compared, arguments.rounds)
-        # Round by round: a machine that slows down for a while slows both steps of a round.
-        row["overhead"] = 1 / statistics.median(row["speedup_quartiles"]) - 1
-        rows.append(row)
-        seconds = row["seconds_per_step"]
-        print(
-            f"{arguments.task:5} {arguments.scheme:11} {batch[0]:>4}x{batch[1]:<4} {seconds['own']:8.3f} "
-            f"{seconds['shared']:8.3f} {row['memory_ratio']:6.2f}x {row['overhead']:8.1%}",
-            flush=True,
-        )
+def growth(arguments: argparse.Namespace):
+    job = TrainingStep if arguments.job == "train" else Encoding
+    longest = max(*arguments.lengths, arguments.shapes[0][1])
+    arguments.model_fields += f",max_position_embeddings={longest}"
+    compared = pair(
+        arguments, arguments.task, arguments.shapes[0], arguments.scheme or DEFAULT_SCHEMES[arguments.task]
+    )
+    rows = measure_growth(compared, job, arguments.lengths, arguments.batch_sizes, arguments.rounds)
     write(arguments, rows)
-
-
-def decode(arguments: argparse.Namespace):
-    rows = []
-    print(f"{'scheme':11} {'batch':>9} {'own ms':>8} {'shared ms':>9} {'speedup':>8} {'quartiles':>16}")
-    for batch in arguments.shapes:
-        own = step_settings(arguments, "clm", batch, arguments.scheme)
-        sharing = tuple(read_overrides(arguments.sharing).items())
-        compared = {"own": own, "shared": replace(own, model_fields=own.model_fields + sharing)}
-        row = compare_decoding(compared, arguments.new_tokens, arguments.rounds)
-        rows.append(row)
-        own_ms, shared_ms = (1000 * seconds for seconds in row["seconds_per_token"].values())
-        low, high = row["speedup_quartiles"][0], row["speedup_quartiles"][-1]
-        print(
-            f"{arguments.scheme:11} {batch[0]:>4}x{batch[1]:<4} {own_ms:8.2f} {shared_ms:9.2f} "
-            f"{row['speedup']:7.2f}x {low:7.2f} to {high:.2f}",
-            flush=True,
-        )
-    write(arguments, rows)
+    arguments.output.with_suffix(".md").write_text(growth_table(rows))
+    draw_growth(rows, arguments.output.with_suffix(".png"))
+    print(growth_table(rows))
 
 
 def finetune(arguments: argparse.Namespace):
@@ -153,26 +225,51 @@ def write(arguments: argparse.Namespace, rows: list[dict]):
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("train", help="a training step, compared with the stock model of the same shape")
+    schemes = {"choices": shared_bert.SCHEMES, "help": "default: shared (mlm), query_free (clm)"}
+    masa = "depth_sharing=masa,num_atoms=4,depth_shared_matrices=qkvo,coefficient_source=network"
+
+    command = commands.add_parser("train", help="a training step")
     command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
-    command.add_argument("--scheme", choices=shared_bert.SCHEMES, help="default: shared (mlm), query_free (clm)")
-    add_common_options(command, [(8, 128), (4, 512)])
-    command.set_defaults(run=train, output=Path("runs/benchmark_train.json"))
+    command.add_argument("--scheme", **schemes)
+    command.add_argument("--skip_memory", action="store_true", help="which is measured in processes of its own")
+    add_common_options(command, train, [(8, 128), (4, 512)])
+
     command = commands.add_parser("depth", help="a training step with depth sharing, compared with separate layers")
     command.add_argument("--task", choices=DEFAULT_SCHEMES, default="mlm")
     command.add_argument("--scheme", choices=shared_bert.SCHEMES, default="standard")
-    masa = "depth_sharing=masa,num_atoms=4,depth_shared_matrices=qkvo,coefficient_source=network"
-    command.add_argument("--sharing", default=masa, help="config fields of the sharing model: a=1,b=x; default: masa")
-    add_common_options(command, [(8, 512), (32, 128)])
-    command.set_defaults(run=depth, output=Path("runs/benchmark_depth.json"))
-    command = commands.add_parser("decode", help="decoding with depth sharing, compared with separate layers")
-    command.add_argument("--scheme", choices=shared_bert.SCHEMES, default="standard")
-    masa = "depth_sharing=masa,num_atoms=3,depth_shared_matrices=qkvo"
-    command.add_argument("--sharing", default=masa, help="config fields of the sharing model: a=1,b=x; default: masa")
+    add_common_options(command, depth, [(8, 512), (32, 128)], sharing=masa)
+
+    command = commands.add_parser("memory", help="the peak memory of a training step")
+    command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
+    command.add_argument("--scheme", **schemes)
+    add_common_options(command, memory, [(4, 512)])
+
+    command = commands.add_parser("encode", help="hidden states of texts, without gradients")
+    command.add_argument("--scheme", nargs="+", choices=shared_bert.SCHEMES, default=list(shared_bert.SCHEMES))
+    add_common_options(command, encode, [(8, 128), (1, 16)])
+
+    command = commands.add_parser("decode", help="greedy generation after a prompt")
+    command.add_argument("--scheme", nargs="+", choices=shared_bert.SCHEMES, default=["standard"])
     command.add_argument("--new_tokens", type=int, default=128)
-    add_common_options(command, [(1, 64)])
-    shape = "hidden_size=512,num_hidden_layers=8,num_attention_heads=8,intermediate_size=2048,vocab_size=8192"
-    command.set_defaults(run=decode, model_fields=shape, output=Path("runs/benchmark_decode.json"))
+    add_common_options(command, decode, [(1, 64)])
+
+    command = commands.add_parser("packed", help="masked language modeling on packed documents, and on padded ones")
+    command.add_argument("--train_file", required=True, help="documents: .parquet, .txt or .json(l)")
+    command.add_argument("--documents", type=int, default=2000, help="read no more than this")
+    command.add_argument("--tokenizer_name", help="default: train one on the documents")
+    command.add_argument("--vocab_size", type=int, default=30522, help="of a trained tokenizer")
+    command.add_argument("--scheme", choices=shared_bert.SCHEMES, default="shared")
+    add_common_options(command, packed, [(4, 512)])
+
+    command = commands.add_parser("growth", help="time and memory against the length of a text and the batch")
+    command.add_argument("--job", choices=["train", "encode"], default="train")
+    command.add_argument("--task", choices=DEFAULT_SCHEMES, default="mlm")
+    command.add_argument("--scheme", **schemes)
+    command.add_argument("--lengths", nargs="+", type=int, default=[2**i for i in range(7, 14)])
+    command.add_argument("--batch_sizes", nargs="+", type=int, default=[2**i for i in range(7)])
+    add_common_options(command, growth, [(1, 128)])
+    command.set_defaults(rounds=3)
+
     command = commands.add_parser("finetune", help="fine-tuning at real lengths, compared with padding to 128 tokens")
     command.add_argument("--model", required=True, help="a folder, or a name on the Hub")
     add_task_options(command, "sst2", 4096)
@@ -180,6 +277,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--epochs", type=int, default=1)
     command.add_argument("--learning_rate", type=float, default=1e-4)
     command.set_defaults(run=finetune, output=Path("runs/benchmark_finetune.json"))
+
     command = commands.add_parser("efficiency", help="several models beside the stock model of the first one's shape")
     command.add_argument("--model", required=True, help="folders, Hub names or YAML config files: A,B,C")
     command.add_argument("--tokenizer_name", help="of all models; default: the first model's")
@@ -197,14 +295,22 @@ def add_task_options(command: argparse.ArgumentParser, task: str, rows: int):
     command.add_argument("--output", type=Path)
 
 
-def add_common_options(command: argparse.ArgumentParser, shapes: list[tuple[int, int]]):
+def add_common_options(
+    command: argparse.ArgumentParser, run: Callable, shapes: list[tuple[int, int]], sharing: str = ""
+):
     command.add_argument("--shapes", nargs="+", type=shape, default=shapes, metavar="BATCHxTOKENS")
     command.add_argument("--model_fields", default="", help="config fields of both models: a=1,b=x")
+    command.add_argument(
+        "--sharing",
+        default=sharing,
+        help="config fields that share over depth: a=1,b=x; compares with separate layers",
+    )
     command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     command.add_argument("--compile", action="store_true")
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--output", type=Path)
+    command.set_defaults(run=run, output=Path(f"runs/benchmark_{run.__name__}.json"))
 
 
 @reports_user_errors

@@ -2,17 +2,19 @@
 # Measures what needs a GPU, in parts of less than ten minutes each, without a network.
 #
 #   bash scripts/gpu_report.sh tests OUTPUT              the tests marked gpu
-#   bash scripts/gpu_report.sh speed OUTPUT              training steps and decoding, eager and compiled, beside stock
+#   bash scripts/gpu_report.sh speed OUTPUT TEXT         training, encoding and decoding, eager and compiled, beside stock
+#   bash scripts/gpu_report.sh growth OUTPUT             time and memory against length and batch, beside stock
+#   bash scripts/gpu_report.sh pretrain OUTPUT TEXT      ten minutes of masked language modeling, with its curve
 #   bash scripts/gpu_report.sh images OUTPUT IMAGES      seven vision transformers, three seeds each
 #   bash scripts/gpu_report.sh decoder OUTPUT FOLDER     smaller attention in SmolLM2, fitted and healed
 #
-# OUTPUT is a folder for logs, JSON files, tables and plots; a part that is run again continues. IMAGES is as of
-# train_images.py. FOLDER has smollm2/ (a GGUF file, or a saved model), wiki.parquet to calibrate and heal on,
+# OUTPUT is a folder for logs, JSON files, tables and plots, and report.md of all parts so far; a part that is run again
+# continues. TEXT is a file of documents (.parquet, .txt or .json). IMAGES is as of train_images.py. FOLDER has smollm2/ (a GGUF file, or a saved model), wiki.parquet to calibrate and heal on,
 # wiki_validation.parquet and blimp.parquet. The packages are those of the environment; without an installation,
 # PYTHONPATH=. will do. TINY=1 takes the smallest sizes, to try the script on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?name a part: tests, speed, images or decoder} output=${2:?name an output folder}
+part=${1:?name a part: tests, speed, growth, pretrain, images or decoder} output=${2:?name an output folder}
 mkdir -p "$output"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 device=cuda precision=bf16
@@ -20,30 +22,54 @@ device=cuda precision=bf16
 
 tests() {
     # Warnings of other releases than the pinned ones are no errors here.
-    python -m pytest -m gpu -W ignore -p no:cacheprovider -v tests 2>&1 | tee "$output/tests.log"
+    python -m pytest -m gpu -W ignore -p no:cacheprovider -v tests 2>&1 | tee "$output/tests.txt"
 }
 
+tiny_shape="hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32,vocab_size=512"
+
+# benchmark NAME COMMAND TINY_OPTIONS OPTIONS…: measures once.
 benchmark() {
-    local name=$1
-    shift
-    [ -f "$output/$name.json" ] || python scripts/benchmark.py "$@" --device $device --output "$output/$name.json"
+    local name=$1 command=$2 tiny=$3 options=("${@:4}")
+    [ ! -f "$output/$name.json" ] || return 0
+    if [ -n "${TINY:-}" ]; then
+        # shellcheck disable=SC2206
+        options=($tiny --rounds 1 --model_fields "$tiny_shape")
+    fi
+    python scripts/benchmark.py "$command" --device $device --precision $precision "${options[@]}" \
+        --output "$output/$name.json" 2>"$output/$name.err" | tee "$output/$name.txt"
 }
 
 speed() {
-    local mlm=64x512 clm=16x1024 shape="" rounds=15
-    if [ -n "${TINY:-}" ]; then
-        mlm=2x16 clm=2x16 rounds=1
-        shape="hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32,vocab_size=64"
-    fi
-    for compile in "" --compile; do
-        benchmark "mlm${compile:+_compiled}" train --task mlm --shapes $mlm --precision $precision --rounds $rounds --model_fields "$shape" $compile
-        benchmark "clm${compile:+_compiled}" train --task clm --shapes $clm --precision $precision --rounds $rounds --model_fields "$shape" $compile
-    done
-    local of_decoding=()
-    [ -z "$shape" ] || of_decoding=(--model_fields "$shape" --new_tokens 2 --shapes 1x4 --sharing "depth_sharing=masa,num_atoms=1")
-    benchmark depth depth --shapes $mlm --precision $precision --rounds $rounds --model_fields "$shape" \
-        ${shape:+--sharing "depth_sharing=masa,num_atoms=1"}
-    benchmark decode decode --rounds $rounds "${of_decoding[@]}"
+    local text=${1:?name a file of documents}
+    benchmark mlm train "--task mlm --shapes 2x16" --task mlm --shapes 64x512 --rounds 15
+    benchmark clm train "--task clm --shapes 2x16" --task clm --shapes 16x1024 --rounds 15
+    benchmark clm_shared train "--task clm --scheme shared --shapes 2x16" \
+        --task clm --scheme shared --shapes 16x1024 --rounds 15 --skip_memory
+    benchmark mlm_compiled train "--task mlm --shapes 2x16 --compile --skip_memory" \
+        --task mlm --shapes 64x512 --rounds 15 --compile --skip_memory
+    benchmark clm_compiled train "--task clm --shapes 2x16 --compile --skip_memory" \
+        --task clm --shapes 16x1024 --rounds 15 --compile --skip_memory
+    benchmark packed packed "--train_file $text --documents 100 --vocab_size 512 --shapes 2x64" \
+        --train_file "$text" --shapes 64x512 --rounds 15
+    benchmark encode encode "--scheme shared --shapes 2x16" --shapes 64x128 1x16 --rounds 15
+    benchmark decode decode "--scheme shared --shapes 1x4 --new_tokens 2" \
+        --scheme shared --shapes 1x512 8x512 --new_tokens 512 --rounds 3
+    benchmark decode_compiled decode "--scheme shared --shapes 1x4 --new_tokens 2 --compile" \
+        --scheme shared --shapes 1x512 8x512 --new_tokens 512 --rounds 3 --compile
+    benchmark depth depth "--shapes 2x16 --sharing depth_sharing=masa,num_atoms=1" --shapes 64x512 --rounds 15
+}
+
+growth() {
+    benchmark growth growth "--lengths 16 32 --batch_sizes 1 2 --shapes 1x16"
+}
+
+pretrain() {
+    local text=${1:?name a file of documents} options=()
+    [ -z "${TINY:-}" ] || options=(--max_steps 4 --logging_steps 1 --eval_steps 2 --use_cpu true --bf16 false
+        --torch_compile false --block_size 32 --per_device_train_batch_size 2 --tokenizer_vocab_size 512
+        --max_train_samples 200 --dataloader_num_workers 0 --config_name configs/models/shared_bert_tiny.yaml)
+    python scripts/pretrain.py configs/pretrain/shared_bert_base_minutes.yaml --train_file "$text" \
+        --output_dir "$output/pretrain" "${options[@]}" 2>"$output/pretrain.err" | tee "$output/pretrain.txt"
 }
 
 images() {
@@ -81,3 +107,9 @@ decoder() {
 }
 
 "$part" "${@:3}"
+{
+    echo "# GPU report"
+    for file in "$output"/*.txt "$output"/scores.md "$output"/rows/results.md; do
+        [ ! -f "$file" ] || printf '\n## %s\n\n```\n%s\n```\n' "$(basename "$file")" "$(cat "$file")"
+    done
+} >"$output/report.md"

@@ -1,6 +1,6 @@
 """Measurements: a model's cost, speed and quality."""
 
-from .efficiency import StepSettings, TrainingStep, compare_decoding, compare_training_steps, environment, peak_memory
+from .efficiency import StepSettings, TrainingStep, compare_training_steps, environment, peak_memory
 from .likelihood import blimp_accuracy, perplexity, sentence_scores
 from .parameters import Cost, cost_table, load_config, model_cost
 from .sentence_similarity import sentence_embeddings, similarity_spearman
@@ -10,7 +10,6 @@ __all__ = [
     "StepSettings",
     "TrainingStep",
     "blimp_accuracy",
-    "compare_decoding",
     "compare_training_steps",
     "cost_table",
     "environment",

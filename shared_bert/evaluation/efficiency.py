@@ -1,7 +1,7 @@
-"""Speed and memory of a training step, and speed of decoding, next to another model of the same shape.
+"""Speed and memory of training, encoding and decoding, next to another model of the same shape.
 
 Machines are shared and noisy, so the two models take turns, step by step, and the result is the ratio of their
-median times. A step is forward, backward and an AdamW update on the same random batch.
+median times. A training step is forward, backward and an AdamW update on the same random batch.
 """
 
 import datetime
@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -73,21 +74,55 @@ class TrainingStep:
         return loss.item()
 
 
-class Decoding:
-    """A model and a prompt; a call continues the prompt greedily by `new_tokens` tokens.
+class Encoding:
+    """A model without a head in evaluation, and a batch; a call computes the last hidden states, in `precision`."""
+
+    def __init__(self, settings: StepSettings):
+        self.model = _inference_model(settings).base_model
+        self.input_ids = _batch(settings, self.model.config.vocab_size)["input_ids"]
+        self.forward = torch.compile(self.model) if settings.compiled else self.model
+
+    @torch.inference_mode()
+    def __call__(self) -> float:
+        return self.forward(self.input_ids).last_hidden_state[0, 0, 0].item()
+
+
+@dataclass(frozen=True)
+class DecodingSettings(StepSettings):
+    """Settings of a `Decoding`: the sequence is the prompt; compiled is with a cache of static size.
 
     Args:
-        settings: of the "clm" task, in fp32; the sequence is the prompt.
+        new_tokens: how many are generated.
     """
 
-    def __init__(self, settings: StepSettings, new_tokens: int):
-        self.model = _model(settings).eval()
+    new_tokens: int = 128
+
+
+class Decoding:
+    """A decoder and a prompt; a call continues the prompt greedily, in `precision`."""
+
+    def __init__(self, settings: DecodingSettings):
+        self.model = _inference_model(settings)
         self.prompt = _batch(settings, self.model.config.vocab_size)["input_ids"]
-        self.options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
+        count = settings.new_tokens
+        self.options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        if settings.compiled:
+            self.options["cache_implementation"] = "static"
 
     def __call__(self):
         mask = torch.ones_like(self.prompt)
-        self.model.generate(self.prompt, attention_mask=mask, pad_token_id=0, **self.options).cpu()
+        self.model.generate(self.prompt, attention_mask=mask, **self.options).cpu()
+
+    def cache_bytes(self) -> int:
+        """Return the size of the keys and values of the prompt."""
+        with torch.inference_mode():
+            cache = self.model(self.prompt, use_cache=True).past_key_values
+        streams = {t.untyped_storage().data_ptr(): t for layer in cache.layers for t in (layer.keys, layer.values)}
+        return sum(t.numel() * t.element_size() for t in streams.values())
+
+
+def _inference_model(settings: StepSettings) -> PreTrainedModel:
+    return _model(settings).eval().to(PRECISIONS[settings.precision])
 
 
 def _model(settings: StepSettings) -> PreTrainedModel:
@@ -116,23 +151,30 @@ def _batch(settings: StepSettings, vocab_size: int) -> dict:
     return {name: value.to(settings.device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def peak_memory(settings, make_step: Callable[[Any], Callable] = TrainingStep) -> int:
-    """Return the peak bytes of making a step and running it twice, in a process of its own (CPU: Linux only).
+def peak_memory(settings, make_job: Callable[[Any], Callable] = TrainingStep) -> int:
+    """Return the peak bytes of making a job and running it twice, in a process of its own (CPU: Linux only).
 
     Args:
-        settings: what `make_step` takes; its `device` is "cpu" or "cuda".
+        settings: what `make_job` takes; its `device` is "cpu" or "cuda".
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory_here, (settings, make_step))
+    return measure_alone(settings, make_job, rounds=0)["peak_memory_bytes"]
 
 
-def _peak_memory_here(settings, make_step: Callable[[Any], Callable]) -> int:
-    if settings.device == "cpu":
-        before = _resident_peak()
-    step = make_step(settings)
-    for _ in range(2):
-        step()
-    return _resident_peak() - before if settings.device == "cpu" else torch.cuda.max_memory_allocated()
+def measure_alone(settings, make_job: Callable[[Any], Callable], rounds: int) -> dict:
+    """Return the median `seconds` of a job (None if `rounds` is 0), after it ran twice, and `peak_memory_bytes`.
+
+    A process of its own does it, which ends with a `RuntimeError` where memory does not suffice.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measure_here, settings, make_job, rounds).result()
+
+
+def _measure_here(settings, make_job: Callable[[Any], Callable], rounds: int) -> dict:
+    on_cpu = settings.device == "cpu"
+    before = _resident_peak() if on_cpu else 0
+    (times,) = take_turns({"job": make_job(settings)}, rounds, warmup=2).values()
+    peak = _resident_peak() - before if on_cpu else torch.cuda.max_memory_allocated()
+    return {"seconds": statistics.median(times) if times else None, "peak_memory_bytes": peak}
 
 
 def _resident_peak() -> int:
@@ -141,48 +183,51 @@ def _resident_peak() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
 
 
-def compare_training_steps(compared: dict[str, StepSettings], rounds: int = 9, warmup: int = 2) -> dict:
-    """Time two models in turns, on batches of the same shape.
+def compare(
+    make_job: Callable[[Any], Callable], compared: dict[str, StepSettings], rounds: int = 9, warmup: int = 2
+) -> dict:
+    """Time two jobs in turns.
 
     Args:
+        make_job: `TrainingStep`, `Encoding` or `Decoding`.
         compared: the settings of both by name; the second is compared with the first.
 
     Returns:
-        By these names the settings, median seconds per step, tokens per second and peak memory in bytes; in addition
-        `speedup`, the ratio of the median seconds (above 1 where the second model is faster), the quartiles of the
-        ratios round by round, and `memory_ratio`, second to first.
+        By these names the settings, the median `seconds` and their quartiles; in addition `speedup`, the ratio of the
+        median seconds (above 1 where the second model is faster), and the quartiles of the ratios round by round.
     """
-    times = take_turns({name: TrainingStep(settings) for name, settings in compared.items()}, rounds, warmup)
-    first, second = compared
-    seconds = {name: statistics.median(measured) for name, measured in times.items()}
-    tokens = {name: settings.batch_size * settings.sequence_length for name, settings in compared.items()}
-    memory = {name: peak_memory(settings) for name, settings in compared.items()}
+    times = take_turns({name: make_job(settings) for name, settings in compared.items()}, rounds, warmup)
+    before, after = times.values()
     return {
         "settings": {name: asdict(settings) for name, settings in compared.items()},
         "rounds": rounds,
-        "seconds_per_step": seconds,
-        **_speedup(times),
-        "tokens_per_second": {name: tokens[name] / seconds[name] for name in compared},
+        "seconds": {name: statistics.median(measured) for name, measured in times.items()},
+        "seconds_quartiles": {name: _quartiles(measured) for name, measured in times.items()},
+        "speedup": statistics.median(before) / statistics.median(after),
+        "speedup_quartiles": _quartiles([one / other for one, other in zip(before, after, strict=True)]),
+    }
+
+
+def compare_training_steps(compared: dict[str, StepSettings], rounds: int = 9, warmup: int = 2) -> dict:
+    """Return `compare` of two training steps, with tokens per second, peak bytes and their ratio, second to first."""
+    row = compare(TrainingStep, compared, rounds, warmup)
+    first, second = compared
+    tokens = {name: settings.batch_size * settings.sequence_length for name, settings in compared.items()}
+    memory = {name: peak_memory(settings) for name, settings in compared.items()}
+    return {
+        **row,
+        "tokens_per_second": {name: tokens[name] / row["seconds"][name] for name in compared},
         "peak_memory_bytes": memory,
         "memory_ratio": memory[second] / memory[first],
     }
 
 
-def compare_decoding(compared: dict[str, StepSettings], new_tokens: int, rounds: int = 9, warmup: int = 1) -> dict:
-    """Time the decoding of two models in turns; arguments as of `compare_training_steps` and `Decoding`.
-
-    Returns:
-        By their names the settings and median seconds per new token (the prompt's share included), `speedup`, and the
-        quartiles of the ratios round by round.
-    """
-    times = take_turns({name: Decoding(settings, new_tokens) for name, settings in compared.items()}, rounds, warmup)
-    return {
-        "settings": {name: asdict(settings) for name, settings in compared.items()},
-        "new_tokens": new_tokens,
-        "rounds": rounds,
-        "seconds_per_token": {name: statistics.median(seconds) / new_tokens for name, seconds in times.items()},
-        **_speedup(times),
-    }
+def compare_decoding(compared: dict[str, DecodingSettings], rounds: int = 9, warmup: int = 1) -> dict:
+    """Return `compare` of two decoders, with the seconds per new token, prompt included, and the prompt's cache."""
+    row = compare(Decoding, compared, rounds, warmup)
+    seconds = {name: row["seconds"][name] / settings.new_tokens for name, settings in compared.items()}
+    cache_bytes = {name: Decoding(settings).cache_bytes() for name, settings in compared.items()}
+    return {**row, "seconds_per_token": seconds, "cache_bytes": cache_bytes}
 
 
 def take_turns(jobs: dict[str, Callable], rounds: int, warmup: int) -> dict[str, list[float]]:
@@ -197,13 +242,8 @@ def take_turns(jobs: dict[str, Callable], rounds: int, warmup: int) -> dict[str,
     return times
 
 
-def _speedup(times: dict[str, list[float]]) -> dict:
-    before, after = times.values()
-    ratios = [one / other for one, other in zip(before, after, strict=True)]
-    return {
-        "speedup": statistics.median(before) / statistics.median(after),
-        "speedup_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios,
-    }
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values
 
 
 def environment(device: str) -> dict:

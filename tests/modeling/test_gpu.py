@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 
+from shared_bert.modeling import losses
 from tests.conftest import learns_in_bfloat16, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -47,3 +48,19 @@ def test_training_in_bfloat16_learns(kind, compiled, fields):
     if kind == "bert":
         inputs["num_predictions"] = input_ids.numel()
     assert learns_in_bfloat16(tiny_model(kind, **fields), inputs, compiled, steps=60)
+
+
+def test_the_loss_in_pieces_is_the_cross_entropy(monkeypatch):
+    monkeypatch.setitem(losses.MAX_LOGITS, "other", 1000 * 7)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 1000, device="cuda")
+    hidden = torch.randn(32, 64, device="cuda", requires_grad=True)
+    labels = torch.randint(1000, (32,), device="cuda").masked_fill(torch.arange(32, device="cuda") % 3 == 0, -100)
+    inputs = hidden, *head.parameters()
+    with torch.autocast("cuda", torch.bfloat16):
+        got = losses.linear_cross_entropy(hidden, head, labels)
+    expected = torch.nn.functional.cross_entropy(head(hidden), labels)
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+    for one, other in zip(*(torch.autograd.grad(loss, inputs) for loss in (got, expected)), strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() < 0.02 * other.norm()
