@@ -8,6 +8,7 @@ python scripts/benchmark.py encode                     # all schemes, without gr
 python scripts/benchmark.py decode --scheme shared     # generation, and the bytes of the cache
 python scripts/benchmark.py packed --train_file FILE   # pre-training on packed documents, and on padded ones
 python scripts/benchmark.py finetune --model FOLDER    # fine-tuning at real lengths, and with padding to 128
+python scripts/benchmark.py startup RECIPE             # seconds to the first step of pre-training
 python scripts/benchmark.py growth                     # time and memory against length and batch
 python scripts/benchmark.py depth                      # what assembling the matrices of MASA adds to a step
 python scripts/benchmark.py efficiency --model A,B,C   # size, work, time and memory of several models beside stock
@@ -20,7 +21,10 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -162,9 +166,34 @@ def packed(arguments: argparse.Namespace):
     print("speedup: " + ", ".join(f"{row['speedup']:.2f}" for row in rows))
 
 
+def startup(arguments: argparse.Namespace):
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), arguments.recipe]
+        command += ["--output_dir", folder, "--overwrite_output_dir", "--max_steps", "2", "--logging_steps", "1"]
+        command += ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true", *arguments.options]
+        first, *seconds = (seconds_to_first_step(command) for _ in range(arguments.rounds + 1))
+    row = {"recipe": arguments.recipe, "options": arguments.options, "seconds": seconds, "with_preparation": first}
+    print(f"{first:.1f} s with the preparation of the text; prepared: {statistics.median(seconds):.1f} s")
+    write(arguments, [row])
+
+
+def seconds_to_first_step(command: list[str]) -> float:
+    """Return the seconds from the start of a process until it prints the loss of its first step."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if "'loss'" in line:
+                seconds = time.perf_counter() - start
+                process.stdout.read()
+                return seconds
+    raise ValueError(f"{' '.join(command)} ended before its first step:\n{''.join(printed[-5:])}")
+
+
 def growth(arguments: argparse.Namespace):
     job = TrainingStep if arguments.job == "train" else Encoding
-    longest = max(*arguments.lengths, arguments.shapes[0][1])
+    longest = max([*arguments.lengths, arguments.shapes[0][1]])
     arguments.model_fields += f",max_position_embeddings={longest}"
     compared = pair(
         arguments, arguments.task, arguments.shapes[0], arguments.scheme or DEFAULT_SCHEMES[arguments.task]
@@ -265,10 +294,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--job", choices=["train", "encode"], default="train")
     command.add_argument("--task", choices=DEFAULT_SCHEMES, default="mlm")
     command.add_argument("--scheme", **schemes)
-    command.add_argument("--lengths", nargs="+", type=int, default=[2**i for i in range(7, 14)])
-    command.add_argument("--batch_sizes", nargs="+", type=int, default=[2**i for i in range(7)])
+    command.add_argument("--lengths", nargs="*", type=int, default=[2**i for i in range(7, 14)])
+    command.add_argument("--batch_sizes", nargs="*", type=int, default=[2**i for i in range(7)])
     add_common_options(command, growth, [(1, 128)])
     command.set_defaults(rounds=3)
+
+    command = commands.add_parser("startup", help="from the start of a pre-training to its first step, text prepared")
+    command.add_argument("recipe", help="of scripts/pretrain.py")
+    command.add_argument("options", nargs=argparse.REMAINDER, help="of scripts/pretrain.py")
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    command.set_defaults(run=startup, output=Path("runs/benchmark_startup.json"))
 
     command = commands.add_parser("finetune", help="fine-tuning at real lengths, compared with padding to 128 tokens")
     command.add_argument("--model", required=True, help="a folder, or a name on the Hub")

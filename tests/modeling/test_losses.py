@@ -125,6 +125,24 @@ def test_torch_func(kind, input_ids, labels, training):
         torch.testing.assert_close(losses_of_rows[i], of_embeddings(embeddings[i : i + 1], labels[i : i + 1]))
 
 
+def test_higher_derivatives_by_torch_func(kind, input_ids, labels):
+    """Along a direction, the derivative of the loss and of its gradient are those of finite differences."""
+    model = tiny_model(kind, attn_implementation="eager").double().train()
+    embeddings = model.get_input_embeddings()(input_ids).detach()
+    direction = torch.randn_like(embeddings)
+
+    def loss(embeddings):
+        return model(inputs_embeds=embeddings, labels=labels).loss
+
+    gradient = torch.func.grad(loss)
+    _, slope = torch.func.jvp(loss, (embeddings,), (direction,))
+    torch.testing.assert_close(slope, (gradient(embeddings) * direction).sum())
+    _, curvature = torch.func.jvp(gradient, (embeddings,), (direction,))
+    step = 1e-5 * direction
+    differences = (gradient(embeddings + step) - gradient(embeddings - step)) / 2e-5
+    torch.testing.assert_close(curvature, differences, rtol=1e-4, atol=1e-7)
+
+
 def test_mixed_precision_gives_nearly_the_same_gradients(kind, input_ids, labels):
     model = tiny_model(kind).train()
     parameters = list(model.parameters())
