@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .dropout import runs_plainly_on_cpu
-from .piecewise_attention import piecewise_attention_forward
+from .piecewise_attention import Texts, is_for_pieces, mask_of_texts, piecewise_attention_forward
 from .projections import make_linear
 
 
@@ -95,12 +94,14 @@ class SelfAttention(nn.Module):
         projection_weight: torch.Tensor | None = None,
         output_weight: torch.Tensor | None = None,
         past_key_values=None,
+        texts: Texts | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend to `hidden_states` [batch, seq, hidden] and to the cached tokens.
 
         Args:
             projection_weight, output_weight: the matrices that the layers share (see `DepthSharing`).
+            texts: see `piecewise_attention_forward`.
 
         Returns:
             The result [batch, seq, hidden] and, from the eager implementation, the attention weights.
@@ -111,9 +112,14 @@ class SelfAttention(nn.Module):
         implementation = self.config._attn_implementation
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        # Pieces are as exact as "sdpa", and faster where torch has no kernel.
-        if implementation == "sdpa" and ("texts" in kwargs or 0 < dropout < 1) and runs_plainly_on_cpu(query):
-            attend = piecewise_attention_forward
+        if (
+            implementation == "sdpa"
+            and (texts is not None or 0 < dropout < 1)
+            and is_for_pieces(query, attention_mask)
+        ):
+            attend, kwargs["texts"] = piecewise_attention_forward, texts
+        elif texts is not None:
+            attention_mask = mask_of_texts(texts, query, self.is_causal)
         context, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )

@@ -72,7 +72,7 @@ def attention_inputs(
         The mask, and keyword arguments for every attention layer.
 
     Raises:
-        ValueError: `document_ids` together with a mask or a cache.
+        ValueError: `document_ids` of another shape than the tokens, or together with a mask or a cache.
     """
     if document_ids is None:
         if is_causal:
@@ -82,6 +82,9 @@ def attention_inputs(
         return create_bidirectional_mask(config, inputs_embeds, attention_mask), {}
     if attention_mask is not None:
         raise ValueError("document_ids already separate padding from text: leave out attention_mask")
+    if document_ids.shape != inputs_embeds.shape[:2]:
+        shapes = list(document_ids.shape), list(inputs_embeds.shape[:2])
+        raise ValueError("document_ids of shape {} must have that of the tokens, {}".format(*shapes))
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError("document_ids describe whole rows: they cannot go with past_key_values")
     if is_flash_attention_requested(config):
@@ -98,6 +101,8 @@ def attention_inputs(
         }
     if config._attn_implementation == "sdpa" and runs_plainly_on_cpu(inputs_embeds):
         lengths = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in document_ids]
+        if all(len(parts) == 1 for parts in lengths):
+            return None, {}
         return None, {"texts": [(row, part) for row, parts in enumerate(map(_slices, lengths)) for part in parts]}
     same_document = packed_sequence_mask_function(document_ids)
     if is_causal:

@@ -10,7 +10,6 @@ import math
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 LEVELS = 2**16
 
@@ -24,7 +23,7 @@ class Noise:
     """
 
     def __init__(self, probability: float, seed: int):
-        zeros = round(probability * LEVELS)
+        zeros = min(round(probability * LEVELS), LEVELS - 1)
         self.threshold = zeros - LEVELS // 2
         self.scale = LEVELS / (LEVELS - zeros)
         self.bits = np.random.SFC64(seed)
@@ -42,11 +41,13 @@ def new_seed() -> int:
 
 
 def runs_plainly_on_cpu(tensor: torch.Tensor) -> bool:
-    """Return whether an operation may read `tensor` on a CPU: it is not compiled, traced or transformed."""
+    """Return whether `tensor` is an ordinary one on a CPU, and nothing compiles, traces or transforms what is done."""
     return (
         tensor.device.type == "cpu"
+        and type(tensor) in (torch.Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -58,14 +59,13 @@ class _SeededDropout(torch.autograd.Function):
         return noise.draw(inputs.shape, inputs.dtype).mul_(inputs).mul_(noise.scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
         noise = Noise(*ctx.settings)
-        return noise.draw(gradient.shape, gradient.dtype).mul_(gradient).mul_(noise.scale), None, None
+        return gradient * noise.draw(gradient.shape, gradient.dtype).mul_(noise.scale), None, None
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, faster and without stored noise on a CPU. (Its gradient cannot be differentiated there.)"""
+    """`nn.Dropout`, faster and without stored noise on a CPU."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.training and 0 < self.p < 1 and runs_plainly_on_cpu(inputs):

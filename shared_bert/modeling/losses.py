@@ -6,7 +6,6 @@ the head, and the float32 logits of all positions, which are the largest tensor 
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 # Logits that are computed at once, 256 MiB in float32 on a CPU. Other devices want larger products.
@@ -44,8 +43,18 @@ def predicted_positions(labels: torch.Tensor, num_predictions: int | None = None
         return None
 
 
+def _sum_of_cross_entropies(hidden_states, weight, bias, labels) -> torch.Tensor:
+    logits = nn.functional.linear(hidden_states, weight, bias)
+    return _cross_entropy(logits, labels)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the cross-entropies of a linear head, whose gradients are computed along with it.
+    """`_sum_of_cross_entropies`, whose gradients are computed along with it.
 
     The logits of a piece of the rows are computed once, become their own gradient in place, and are gone before those
     of the next piece: all logits are never kept, and nothing is computed twice. The gradient of the weight is a
@@ -64,15 +73,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(1, MAX_LOGITS["cpu" if weight.device.type == "cpu" else "other"] // len(weight))
         for start in range(0, len(labels), step):
             piece = slice(start, start + step)
-            inputs, is_predicted = hidden_states[piece].to(dtype), labels[piece] != IGNORED
-            index = torch.arange(len(inputs), device=inputs.device), labels[piece].where(is_predicted, 0)
+            inputs, targets = hidden_states[piece].to(dtype), labels[piece]
             logits = nn.functional.linear(inputs, matrix, None if bias is None else bias.to(dtype))
             log_probabilities = logits.log_softmax(-1, dtype=exact)
-            loss -= (log_probabilities[index] * is_predicted).sum()
-            if not any(ctx.needs_input_grad):
-                continue
+            loss += nn.functional.nll_loss(log_probabilities, targets, ignore_index=IGNORED, reduction="sum")
+            is_predicted = targets != IGNORED
+            index = torch.arange(len(targets), device=targets.device), targets.where(is_predicted, 0)
             of_logits = torch.exp(log_probabilities, out=logits)
-            of_logits[index] -= 1
+            # Not p − 1: a p near 1, rounded, would cancel.
+            of_logits[index] = torch.expm1(log_probabilities[index]).to(dtype)
             is_predicted = is_predicted.to(dtype)[:, None]
             if needs_hidden_states:
                 of_hidden_states[piece] = of_logits @ matrix * is_predicted
@@ -80,17 +89,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 of_weight += of_logits.T @ (inputs * is_predicted)
             if needs_bias:
                 of_bias += (of_logits.T @ is_predicted).flatten()
-        ctx.save_for_backward(
-            of_hidden_states,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(bias.dtype),
-        )
+        ctx.save_for_backward(hidden_states, weight, bias, labels)
+        # Not saved tensors, so that backward may scale them in place, and give them away.
+        ctx.gradients = [
+            None if of_input is None else of_input.to(of.dtype)
+            for of_input, of in ((of_hidden_states, hidden_states), (of_weight, weight), (of_bias, bias))
+        ]
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
-        return *(None if saved is None else saved.mul_(gradient) for saved in ctx.saved_tensors), None
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            # Taken once more, or to be differentiated.
+            with torch.enable_grad():
+                inputs = ctx.saved_tensors
+                loss = _sum_of_cross_entropies(*inputs)
+                needed = [t for t, is_needed in zip(inputs, ctx.needs_input_grad, strict=True) if is_needed]
+                found = iter(torch.autograd.grad(loss, needed, gradient, create_graph=True))
+            return tuple(next(found) if is_needed else None for is_needed in ctx.needs_input_grad)
+        return *(None if of_input is None else of_input.mul_(gradient) for of_input in gradients), None
 
 
 def _computing_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -98,15 +116,16 @@ def _computing_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-def _is_plain_linear(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+def _is_plain_linear(head: nn.Module) -> bool:
     """Return whether the result of `head` is x·Wᵀ + b of its parameters, and nothing follows calls of it."""
     return (
         not torch.compiler.is_compiling()  # which fuses the plain form
+        and not torch._C._are_functorch_transforms_active()
         and type(head) is nn.Linear
         and type(head.weight) is nn.Parameter
+        and not head.weight.is_meta
         and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
-        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, (hidden_states, head.weight)))
     )
 
 
@@ -126,15 +145,13 @@ def linear_cross_entropy(
             divides by the predictions in `labels`.
 
     Returns:
-        A scalar; 0 if nothing is predicted. Its gradient can be taken once, and not be differentiated.
+        A scalar; 0 if nothing is predicted.
     """
 
-    if _is_plain_linear(head, hidden_states):
+    if torch.is_grad_enabled() and _is_plain_linear(head):
         loss = _LinearCrossEntropy.apply(hidden_states, head.weight, head.bias, labels)
     else:
-        logits = head(hidden_states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        loss = _cross_entropy(head(hidden_states), labels)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
     return loss / num_items_in_batch

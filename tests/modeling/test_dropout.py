@@ -51,7 +51,7 @@ def test_torch_decides_about_the_noise():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("probability", "expected"), [(0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, 1.0), (0.999999, 0.0), (1.0, 0.0)])
 def test_ends(probability, expected):
     assert torch.equal(Dropout(probability)(torch.ones(9)), torch.full((9,), expected))
 

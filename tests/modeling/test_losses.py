@@ -143,6 +143,60 @@ def test_higher_derivatives_by_torch_func(kind, input_ids, labels):
     torch.testing.assert_close(curvature, differences, rtol=1e-4, atol=1e-7)
 
 
+@pytest.fixture
+def head():
+    """A head, and the hidden states and labels of a loss."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 31)
+    hidden = torch.randn(23, 8, requires_grad=True)
+    labels = torch.randint(31, (23,)).masked_fill(torch.arange(23) % 3 == 0, -100)
+    return head, hidden, labels
+
+
+def test_gradients_may_be_taken_again_and_differentiated(head):
+    head, hidden, labels = head
+    inputs = [hidden, *head.parameters()]
+    direction = [torch.randn_like(t) for t in inputs]
+
+    def curvature(loss):
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        return torch.autograd.grad(sum((a * b).sum() for a, b in zip(first, direction, strict=True)), inputs)
+
+    got = losses.linear_cross_entropy(hidden, head, labels)
+    expected = cross_entropy(head(hidden), labels)
+    for _ in range(2):
+        for one, other in zip(
+            *(torch.autograd.grad(2 * loss, inputs, retain_graph=True) for loss in (got, expected)), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+    for one, other in zip(
+        curvature(losses.linear_cross_entropy(hidden, head, labels)), curvature(expected), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_confident_predictions_keep_their_gradients_in_bfloat16(head):
+    head, hidden, labels = head
+    with torch.no_grad():
+        head.weight.normal_(std=3)
+        hidden.copy_(3 * head.weight[labels.clamp(min=0)])
+    inputs = [hidden, head.weight]
+    exact = torch.autograd.grad(cross_entropy(head(hidden).double(), labels), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = losses.linear_cross_entropy(hidden, head, labels)
+        plain = cross_entropy(head(hidden).float(), labels)
+    found, expected = (torch.autograd.grad(t, inputs) for t in (loss, plain))
+    for got, usual, right in zip(found, expected, exact, strict=True):
+        assert (got - right).norm() < 2 * (usual - right).norm() + 1e-3 * right.norm()
+
+
+def test_labels_out_of_range_are_refused(head):
+    head, hidden, labels = head
+    for wrong in (-1, 31):
+        with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+            losses.linear_cross_entropy(hidden, head, labels.masked_fill(labels == labels[1], wrong))
+
+
 def test_mixed_precision_gives_nearly_the_same_gradients(kind, input_ids, labels):
     model = tiny_model(kind).train()
     parameters = list(model.parameters())

@@ -134,3 +134,55 @@ def test_training_with_dropout_needs_memory_linear_in_the_length(kind):
             model(tokens)
         kept[length] = sum(sizes)
     assert kept[512] < 4.1 * kept[128]
+
+
+@pytest.mark.parametrize("way", ["compiled layers", "vmap over weights"])
+def test_documents_stay_apart_where_pieces_cannot_run(kind, input_ids, way):
+    document_ids = torch.arange(12).expand(2, 12) // 5
+    expected = tiny_model(kind, attn_implementation="eager")(input_ids, document_ids=document_ids).logits
+    model = tiny_model(kind)
+    if way == "compiled layers":
+        for layer in model.bert.encoder.layer if kind == "bert" else model.transformer.h:
+            layer.compile(backend="eager")
+        got = model(input_ids, document_ids=document_ids).logits
+    else:
+        weights = {name: p[None] for name, p in model.named_parameters() if "projection" in name}
+        (got,) = torch.func.vmap(
+            lambda w: torch.func.functional_call(model, w, (input_ids,), {"document_ids": document_ids}).logits
+        )(weights)
+    torch.testing.assert_close(got, expected)
+
+
+def test_document_ids_of_another_shape_are_refused(kind, input_ids):
+    with pytest.raises(ValueError, match=r"document_ids of shape \[1, 12\] must have that of the tokens, \[2, 12\]"):
+        tiny_model(kind)(input_ids, document_ids=input_ids[:1] * 0)
+
+
+def test_a_mask_that_learns_gets_its_gradient(input_ids):
+    bias = torch.zeros(2, 4, 12, 12, requires_grad=True)
+    model = tiny_model("bert", attention_probs_dropout_prob=0.1).train()
+    model(input_ids, attention_mask=bias, labels=input_ids).loss.backward()
+    assert bias.grad.any()
+
+
+def test_rows_that_see_nothing_are_no_nan():
+    query, key, value = roles()
+    module = SimpleNamespace(is_causal=False, num_key_value_groups=1)
+    for nothing in (torch.full((1, 1, 5, 5), -torch.inf), torch.zeros(1, 1, 5, 5, dtype=torch.bool)):
+        got, _ = piecewise_attention_forward(module, query, key, value, nothing, 0.4)
+        assert got.isfinite().all()
+
+
+def test_half_precision_is_as_exact_as_its_inputs():
+    query, key, value = (t.detach().bfloat16() for t in roles(length=64))
+    module = SimpleNamespace(is_causal=False, num_key_value_groups=1)
+    got, _ = piecewise_attention_forward(module, query, key, value, None, 0.4)
+    expected = written_out(query.double(), key.double(), value.double(), None, 0.4, False)
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).norm() < 3e-3 * expected.norm()
+
+
+def test_second_derivatives_are_refused(input_ids):
+    model = tiny_model("bert", attention_probs_dropout_prob=0.1).train()
+    with pytest.raises(RuntimeError, match='attn_implementation="eager"'):
+        torch.autograd.grad(model(input_ids, labels=input_ids).loss, model.bert.parameters(), create_graph=True)
