@@ -102,8 +102,8 @@ def test_what_is_pushed(hub, saved):
     assert set(files) == {
         ".gitattributes", "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "eval_results.json", "attention.py", "configuration_shared_attention.py", "configuration_shared_bert.py",
-        "depth_sharing.py", "documents.py", "ingredients.py", "loading.py", "losses.py", "modeling_shared_bert.py",
-        "projections.py", "schemes.py", "stock_names.py",
+        "depth_sharing.py", "documents.py", "dropout.py", "ingredients.py", "loading.py", "losses.py",
+        "modeling_shared_bert.py", "piecewise_attention.py", "projections.py", "schemes.py", "stock_names.py",
     }  # fmt: skip
     assert set(json.loads(files["config.json"])["auto_map"]) == {"AutoConfig", *model.config.auto_classes}
     for name, tensor in load(files["model.safetensors"]).items():
