@@ -300,9 +300,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.set_defaults(rounds=3)
 
     command = commands.add_parser("startup", help="from the start of a pre-training to its first step, text prepared")
-    command.add_argument("recipe", help="of scripts/pretrain.py")
+    command.add_argument("recipe", help="of scripts/pretrain.py; options of this command stand before it")
     command.add_argument("options", nargs=argparse.REMAINDER, help="of scripts/pretrain.py")
     command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--output", type=Path)
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     command.set_defaults(run=startup, output=Path("runs/benchmark_startup.json"))
 
