@@ -10,7 +10,7 @@ python scripts/benchmark.py packed --train_file FILE   # pre-training on packed 
 python scripts/benchmark.py finetune --model FOLDER    # fine-tuning at real lengths, and with padding to 128
 python scripts/benchmark.py startup RECIPE             # seconds to the first step of pre-training
 python scripts/benchmark.py growth                     # time and memory against length and batch
-python scripts/benchmark.py depth                      # what assembling the matrices of MASA adds to a step
+python scripts/benchmark.py profile                    # where the time of a step goes
 python scripts/benchmark.py efficiency --model A,B,C   # size, work, time and memory of several models beside stock
 
 train, encode and decode compare with the stock model of the same shape; with --sharing they compare depth sharing with
@@ -34,7 +34,14 @@ from shared_bert.command_line import reports_user_errors
 from shared_bert.data import load_documents, load_tokenizer, train_tokenizer
 from shared_bert.data.tasks import load_glue
 from shared_bert.evaluation import StepSettings, TrainingStep, compare_training_steps, environment, peak_memory
-from shared_bert.evaluation.efficiency import DecodingSettings, Encoding, compare, compare_decoding
+from shared_bert.evaluation.efficiency import (
+    DecodingSettings,
+    Encoding,
+    compare,
+    compare_decoding,
+    profile_step,
+    speed_table,
+)
 from shared_bert.evaluation.efficiency_table import efficiency_table, measure_efficiency, read_config
 from shared_bert.evaluation.finetuning_speed import compare_padding
 from shared_bert.evaluation.growth import draw_growth, growth_table, measure_growth
@@ -69,24 +76,14 @@ def pair(arguments: argparse.Namespace, task: str, batch: tuple[int, int], schem
 
 
 def report(arguments: argparse.Namespace, rows: Iterable[dict]):
-    """Print each row when it is there, and write all."""
+    """Print each row when it is there, and write all, with their table."""
     kept = []
-    print(
-        f"{'task':6} {'scheme':12} {'batch':>9} {'before':>10} {'after':>10} {'speedup':>8} {'quartiles':>13}  memory"
-    )
     for row in rows:
         kept.append(row)
-        settings = row["settings"]["shared"]
-        batch = f"{settings['batch_size']}x{settings['sequence_length']}"
-        before, after = (f"{1000 * seconds:.1f} ms" for seconds in row["seconds"].values())
-        low, high = row["speedup_quartiles"][0], row["speedup_quartiles"][-1]
-        memory = f"  {row['memory_ratio']:.2f}x" if "memory_ratio" in row else ""
-        print(
-            f"{settings['task']:6} {settings['attention_scheme']:12} {batch:>9} {before:>10} {after:>10} "
-            f"{row['speedup']:7.2f}x {low:5.2f} to {high:.2f}{memory}",
-            flush=True,
-        )
+        header, _, line = speed_table([row]).splitlines()
+        print(line if len(kept) > 1 else f"{header}\n{line}", flush=True)
     write(arguments, kept)
+    arguments.output.with_suffix(".md").write_text(speed_table(kept))
     print("speedup: " + ", ".join(f"{row['speedup']:.2f}" for row in kept))
 
 
@@ -103,14 +100,20 @@ def train(arguments: argparse.Namespace):
     report(arguments, rows())
 
 
-def depth(arguments: argparse.Namespace):
-    def rows() -> Iterator[dict]:
+def profile(arguments: argparse.Namespace):
+    rows = []
+    for task in arguments.task:
         for batch in arguments.shapes:
-            row = compare_training_steps(pair(arguments, arguments.task, batch, arguments.scheme), arguments.rounds)
-            # Round by round: a machine that slows down for a while slows both steps of a round.
-            yield {**row, "overhead": 1 / statistics.median(row["speedup_quartiles"]) - 1}
-
-    report(arguments, rows())
+            compared = pair(arguments, task, batch, arguments.scheme or DEFAULT_SCHEMES[task])
+            seconds = {name: profile_step(settings) for name, settings in compared.items()}
+            settings = {name: asdict(of_model) for name, of_model in compared.items()}
+            rows.append({"settings": settings, "seconds": seconds})
+            print(f"{task} {batch[0]}x{batch[1]}", flush=True)
+            for name, by_operator in seconds.items():
+                print(f"  {name}: {sum(by_operator.values()):.2f} s")
+                for operator, of_operator in list(by_operator.items())[:15]:
+                    print(f"    {of_operator:8.3f} s  {operator}")
+    write(arguments, rows)
 
 
 def encode(arguments: argparse.Namespace):
@@ -255,7 +258,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     schemes = {"choices": shared_bert.SCHEMES, "help": "default: shared (mlm), query_free (clm)"}
-    masa = "depth_sharing=masa,num_atoms=4,depth_shared_matrices=qkvo,coefficient_source=network"
 
     command = commands.add_parser("train", help="a training step")
     command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
@@ -263,10 +265,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--skip_memory", action="store_true", help="which is measured in processes of its own")
     add_common_options(command, train, [(8, 128), (4, 512)])
 
-    command = commands.add_parser("depth", help="a training step with depth sharing, compared with separate layers")
-    command.add_argument("--task", choices=DEFAULT_SCHEMES, default="mlm")
-    command.add_argument("--scheme", choices=shared_bert.SCHEMES, default="standard")
-    add_common_options(command, depth, [(8, 512), (32, 128)], sharing=masa)
+    command = commands.add_parser("profile", help="where the time of a training step goes, by operator")
+    command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
+    command.add_argument("--scheme", **schemes)
+    add_common_options(command, profile, [(4, 512)])
 
     command = commands.add_parser("memory", help="the peak memory of a training step")
     command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
@@ -332,15 +334,11 @@ def add_task_options(command: argparse.ArgumentParser, task: str, rows: int):
     command.add_argument("--output", type=Path)
 
 
-def add_common_options(
-    command: argparse.ArgumentParser, run: Callable, shapes: list[tuple[int, int]], sharing: str = ""
-):
+def add_common_options(command: argparse.ArgumentParser, run: Callable, shapes: list[tuple[int, int]]):
     command.add_argument("--shapes", nargs="+", type=shape, default=shapes, metavar="BATCHxTOKENS")
     command.add_argument("--model_fields", default="", help="config fields of both models: a=1,b=x")
     command.add_argument(
-        "--sharing",
-        default=sharing,
-        help="config fields that share over depth: a=1,b=x; compares with separate layers",
+        "--sharing", default="", help="config fields that share over depth: a=1,b=x; compares with separate layers"
     )
     command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

@@ -60,7 +60,10 @@ speed() {
         --scheme shared --shapes 1x512 8x512 --new_tokens 512 --rounds 3
     benchmark decode_compiled decode "--scheme shared --shapes 1x4 --new_tokens 2" \
         --scheme shared --shapes 1x512 8x512 --new_tokens 512 --rounds 3 --compile
-    benchmark depth depth "--shapes 2x16 --sharing depth_sharing=masa,num_atoms=1" --shapes 64x512 --rounds 15
+    local masa=depth_sharing=masa,num_atoms=4,depth_shared_matrices=qkvo,coefficient_source=network
+    benchmark masa train "--task mlm --shapes 2x16 --sharing depth_sharing=masa,num_atoms=1 --skip_memory" \
+        --task mlm --scheme standard --sharing $masa --shapes 64x512 --rounds 15
+    benchmark profile profile "--shapes 2x16 --task mlm" --task mlm --shapes 64x512
 }
 
 growth() {

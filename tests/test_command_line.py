@@ -49,7 +49,7 @@ def test_the_developer_gets_the_traceback(monkeypatch):
         ("pretrain.py", ["--learning_rate", "1"], "no model is named"),
         ("convert.py", ["to-stock", "missing/folder/of/nobody", "out"], "missing/folder/of/nobody"),
         ("count_parameters.py", ["missing.yaml"], "missing.yaml cannot be read"),
-        ("benchmark.py", ["depth", "--sharing", "num_atoms"], "num_atoms"),
+        ("benchmark.py", ["train", "--sharing", "num_atoms"], "num_atoms"),
         ("try_model.py", ["missing/folder/of/nobody", "text"], "missing/folder/of/nobody"),
     ],
 )

@@ -193,15 +193,19 @@ def compare(
         compared: the settings of both by name; the second is compared with the first.
 
     Returns:
-        By these names the settings, the median `seconds` and their quartiles; in addition `speedup`, the ratio of the
-        median seconds (above 1 where the second model is faster), and the quartiles of the ratios round by round.
+        By these names the settings, the median `seconds`, their quartiles, and the `first_seconds`, which include
+        compiling; in addition `speedup`, the ratio of the median seconds (above 1 where the second model is faster),
+        and the quartiles of the ratios round by round.
     """
-    times = take_turns({name: make_job(settings) for name, settings in compared.items()}, rounds, warmup)
+    times = take_turns({name: make_job(settings) for name, settings in compared.items()}, warmup + rounds)
+    first = {name: measured[0] for name, measured in times.items()}
+    times = {name: measured[warmup:] for name, measured in times.items()}
     before, after = times.values()
     return {
         "settings": {name: asdict(settings) for name, settings in compared.items()},
         "rounds": rounds,
         "seconds": {name: statistics.median(measured) for name, measured in times.items()},
+        "first_seconds": first,
         "seconds_quartiles": {name: _quartiles(measured) for name, measured in times.items()},
         "speedup": statistics.median(before) / statistics.median(after),
         "speedup_quartiles": _quartiles([one / other for one, other in zip(before, after, strict=True)]),
@@ -230,16 +234,45 @@ def compare_decoding(compared: dict[str, DecodingSettings], rounds: int = 9, war
     return {**row, "seconds_per_token": seconds, "cache_bytes": cache_bytes}
 
 
-def take_turns(jobs: dict[str, Callable], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Return the seconds of each job in every round. A job must wait for the device."""
+def take_turns(jobs: dict[str, Callable], rounds: int, warmup: int = 0) -> dict[str, list[float]]:
+    """Return the seconds of each job in every round after the warm-up. A job must wait for the device."""
     times = {name: [] for name in jobs}
-    for round_ in range(warmup + rounds):
+    for _ in range(warmup + rounds):
         for name, job in jobs.items():
             start = time.perf_counter()
             job()
-            if round_ >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return times
+            times[name].append(time.perf_counter() - start)
+    return {name: measured[warmup:] for name, measured in times.items()}
+
+
+def speed_table(rows: list[dict]) -> str:
+    """Return results of `compare` as a Markdown table."""
+    lines = [
+        "| task | scheme | batch | before | after | speedup | quartiles | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        settings = row["settings"]["shared"]
+        task = settings["task"] + (", compiled" if settings["compiled"] else "")
+        batch = f"{settings['batch_size']} × {settings['sequence_length']}"
+        batch += f" + {settings['new_tokens']}" if "new_tokens" in settings else ""
+        before, after = (f"{1000 * seconds:,.0f} ms" for seconds in row["seconds"].values())
+        low, high = row["speedup_quartiles"][0], row["speedup_quartiles"][-1]
+        memory = f"{row['memory_ratio']:.2f}×" if "memory_ratio" in row else ""
+        cells = [task, f"`{settings['attention_scheme']}`", batch, before, after, f"{row['speedup']:.2f}×"]
+        lines.append(f"| {' | '.join(cells)} | {low:.2f} to {high:.2f} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def profile_step(settings: StepSettings) -> dict[str, float]:
+    """Return the seconds that each operator takes itself in a training step, by name, the longest first."""
+    step = TrainingStep(settings)
+    step()
+    with torch.profiler.profile() as profile:
+        step()
+    key = "self_cpu_time_total" if settings.device == "cpu" else "self_device_time_total"
+    seconds = {event.key: getattr(event, key) / 1e6 for event in profile.key_averages()}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def _quartiles(values: list[float]) -> list[float]:

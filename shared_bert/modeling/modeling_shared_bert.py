@@ -40,29 +40,6 @@ from .projections import LowRankLinear, SharedLinear
 from .stock_names import StockName, read_stock_names
 
 
-class SharedBertEmbeddings(BertEmbeddings):
-    """BERT's embeddings; where all tokens have the same type, it is looked up once.
-
-    The gradient of a lookup adds up what comes from every token, which on a GPU, compiled, is one after the other.
-    """
-
-    def __init__(self, config: SharedBertConfig):
-        super().__init__(config)
-        self.dropout = Dropout(config.hidden_dropout_prob)
-
-    def forward(
-        self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
-        if position_ids is None:
-            position_ids = self.position_ids[:, : inputs_embeds.shape[1]]
-        if token_type_ids is None:
-            token_type_ids = position_ids.new_zeros(1)
-        embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(embeddings + self.position_embeddings(position_ids)))
-
-
 class SharedBertAttentionNorm(nn.Module):
     """Dropout, residual and LayerNorm after attention; the name of the norm is stock BERT's."""
 
@@ -150,7 +127,8 @@ class SharedBertModel(SharedBertPreTrainedModel):
 
     def __init__(self, config: SharedBertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        self.embeddings = SharedBertEmbeddings(config)
+        self.embeddings = BertEmbeddings(config)
+        self.embeddings.dropout = Dropout(config.hidden_dropout_prob)
         self.encoder = SharedBertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()

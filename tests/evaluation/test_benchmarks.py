@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -93,3 +94,17 @@ def test_a_job_is_measured_in_a_process_of_its_own(compared):
     found = efficiency.measure_alone(compared["shared"], efficiency.Encoding, rounds=2)
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"] > 0
+
+
+def test_a_profile_names_the_operations(compared):
+    seconds = efficiency.profile_step(compared["shared"])
+    assert {"aten::mm", "aten::_fused_adamw_"} <= seconds.keys()
+    assert list(seconds.values()) == sorted(seconds.values(), reverse=True)
+
+
+def test_the_start_ends_with_the_first_loss(pytestconfig):
+    module = runpy.run_path(str(pytestconfig.rootpath / "scripts" / "benchmark.py"))
+    start = module["seconds_to_first_step"]
+    assert start([sys.executable, "-c", "print({'loss': 1.0})"]) > 0
+    with pytest.raises(ValueError, match="ended before its first step:\nno such recipe"):
+        start([sys.executable, "-c", "print('no such recipe')"])

@@ -83,18 +83,19 @@ def run_script(pytestconfig, *arguments) -> int:
     return runpy.run_path(str(pytestconfig.rootpath / "scripts" / "benchmark.py"))["main"]([*map(str, arguments)])
 
 
-def test_the_overhead_of_depth_sharing_is_written_down(without_memory, pytestconfig, tmp_path, capsys):
-    output = tmp_path / "depth.json"
+def test_depth_sharing_is_compared_with_separate_layers(without_memory, pytestconfig, tmp_path, capsys):
+    output = tmp_path / "masa.json"
     fields = ",".join(f"{name}={value}" for name, value in SHAPE)
     sharing = "depth_sharing=masa,num_atoms=2,coefficient_source=network"
-    options = ["--shapes", "2x16", "--rounds", "1", "--model_fields", fields, "--sharing", sharing]
-    assert run_script(pytestconfig, "depth", *options, "--output", output) == 0
+    options = ["--task", "mlm", "--shapes", "2x16", "--rounds", "1", "--model_fields", fields, "--sharing", sharing]
+    assert run_script(pytestconfig, "train", *options, "--output", output) == 0
     (row,) = json.loads(output.read_text())["results"]
-    seconds = row["seconds"]
-    assert row["overhead"] == pytest.approx(seconds["shared"] / seconds["own"] - 1)
     assert dict(row["settings"]["shared"]["model_fields"])["depth_sharing"] == "masa"
     assert "depth_sharing" not in dict(row["settings"]["own"]["model_fields"])
-    assert f"{row['speedup']:.2f}x" in capsys.readouterr().out
+    assert row["first_seconds"].keys() == {"own", "shared"}
+    table = efficiency.speed_table([row])
+    assert output.with_suffix(".md").read_text() == table
+    assert table.splitlines()[2] in capsys.readouterr().out
 
 
 def test_decoding_is_written_down(pytestconfig, tmp_path, capsys):
@@ -108,7 +109,7 @@ def test_decoding_is_written_down(pytestconfig, tmp_path, capsys):
     assert row["speedup"] == pytest.approx(seconds["own"] / seconds["shared"])
     assert row["seconds_per_token"]["own"] == pytest.approx(seconds["own"] / 4)
     assert dict(row["settings"]["shared"]["model_fields"])["num_atoms"] == 1
-    assert f"{row['speedup']:.2f}x" in capsys.readouterr().out
+    assert f"| {row['speedup']:.2f}× |" in capsys.readouterr().out
 
 
 def test_a_wrong_option_is_named(pytestconfig, capsys):
