@@ -4,14 +4,15 @@
 #   bash scripts/gpu_report.sh tests OUTPUT              the tests marked gpu
 #   bash scripts/gpu_report.sh speed OUTPUT TEXT         training, encoding and decoding, eager and compiled, beside stock
 #   bash scripts/gpu_report.sh growth OUTPUT             time and memory against length and batch, beside stock
-#   bash scripts/gpu_report.sh pretrain OUTPUT TEXT      ten minutes of masked language modeling, with its curve
+#   bash scripts/gpu_report.sh pretrain OUTPUT TEXT      some minutes of masked language modeling, with its curve
 #   bash scripts/gpu_report.sh images OUTPUT IMAGES      seven vision transformers, three seeds each
 #   bash scripts/gpu_report.sh decoder OUTPUT FOLDER     smaller attention in SmolLM2, fitted and healed
 #
 # OUTPUT is a folder for logs, JSON files, tables and plots, and report.md of all parts so far; a part that is run again
-# continues. TEXT is a file of documents (.parquet, .txt or .json). IMAGES is as of train_images.py. FOLDER has smollm2/ (a GGUF file, or a saved model), wiki.parquet to calibrate and heal on,
-# wiki_validation.parquet and blimp.parquet. The packages are those of the environment; without an installation,
-# PYTHONPATH=. will do. TINY=1 takes the smallest sizes, to try the script on a CPU.
+# continues. TEXT is a file of documents (.parquet, .txt or .json). IMAGES is as of train_images.py. FOLDER has smollm2/
+# (a GGUF file, or a saved model), wiki.parquet to calibrate and heal on, wiki_validation.parquet and blimp.parquet. The
+# packages are those of the environment; without an installation, PYTHONPATH=. will do. TINY=1 takes the smallest sizes,
+# to try the script on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part=${1:?name a part: tests, speed, growth, pretrain, images or decoder} output=${2:?name an output folder}
@@ -48,7 +49,7 @@ speed() {
     benchmark clm train "--task clm --shapes 2x16 --skip_memory" --task clm --shapes 16x1024 --rounds 15
     benchmark clm_shared train "--task clm --scheme shared --shapes 2x16 --skip_memory" \
         --task clm --scheme shared --shapes 16x1024 --rounds 15 --skip_memory
-    # Compiled steps are the same with tiny shapes, which are not compiled, to save time.
+    # With tiny shapes nothing is compiled, to save time.
     benchmark mlm_compiled train "--task mlm --shapes 2x16 --skip_memory" \
         --task mlm --shapes 64x512 --rounds 15 --compile --skip_memory
     benchmark clm_compiled train "--task clm --shapes 2x16 --skip_memory" \

@@ -256,7 +256,7 @@ def speed_table(rows: list[dict]) -> str:
         task = settings["task"] + (", compiled" if settings["compiled"] else "")
         batch = f"{settings['batch_size']} × {settings['sequence_length']}"
         batch += f" + {settings['new_tokens']}" if "new_tokens" in settings else ""
-        before, after = (f"{1000 * seconds:,.0f} ms" for seconds in row["seconds"].values())
+        before, after = (f"{1000 * t:,.0f} ms" if t > 1 else f"{1000 * t:.1f} ms" for t in row["seconds"].values())
         low, high = row["speedup_quartiles"][0], row["speedup_quartiles"][-1]
         memory = f"{row['memory_ratio']:.2f}×" if "memory_ratio" in row else ""
         cells = [task, f"`{settings['attention_scheme']}`", batch, before, after, f"{row['speedup']:.2f}×"]

@@ -121,6 +121,6 @@ def test_a_wrong_option_is_named(pytestconfig, capsys):
 
 
 def test_the_kept_results_name_where_they_come_from(pytestconfig):
-    for path in (pytestconfig.rootpath / "model_cards").glob("benchmark_train*.json"):
+    for path in (pytestconfig.rootpath / "model_cards").glob("**/benchmark_*.json"):
         kept = json.loads(path.read_text())
         assert kept.keys() >= {"commit", "hardware", "torch", "transformers", "results"}
