@@ -246,21 +246,23 @@ def take_turns(jobs: dict[str, Callable], rounds: int, warmup: int = 0) -> dict[
 
 
 def speed_table(rows: list[dict]) -> str:
-    """Return results of `compare` as a Markdown table."""
-    lines = [
-        "| task | scheme | batch | before | after | speedup | quartiles | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Return results of `compare` as a Markdown table; all compare models of the same two names."""
+    columns = ["task", "scheme", "batch", *rows[0]["settings"], "speedup", "quartiles"]
+    with_memory = any("memory_ratio" in row for row in rows)
+    columns += ["peak memory"] * with_memory
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         settings = row["settings"]["shared"]
         task = settings["task"] + (", compiled" if settings["compiled"] else "")
         batch = f"{settings['batch_size']} × {settings['sequence_length']}"
         batch += f" + {settings['new_tokens']}" if "new_tokens" in settings else ""
-        before, after = (f"{1000 * t:,.0f} ms" if t > 1 else f"{1000 * t:.1f} ms" for t in row["seconds"].values())
-        low, high = row["speedup_quartiles"][0], row["speedup_quartiles"][-1]
-        memory = f"{row['memory_ratio']:.2f}×" if "memory_ratio" in row else ""
-        cells = [task, f"`{settings['attention_scheme']}`", batch, before, after, f"{row['speedup']:.2f}×"]
-        lines.append(f"| {' | '.join(cells)} | {low:.2f} to {high:.2f} | {memory} |")
+        times = [f"{1000 * t:,.0f} ms" if t > 1 else f"{1000 * t:.1f} ms" for t in row["seconds"].values()]
+        low, *_, high = row["speedup_quartiles"]
+        cells = [task, f"`{settings['attention_scheme']}`", batch, *times, f"{row['speedup']:.2f}×"]
+        cells.append(f"{low:.2f} to {high:.2f}")
+        if with_memory:
+            cells.append(f"{row['memory_ratio']:.2f}×" if "memory_ratio" in row else "–")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
