@@ -43,7 +43,6 @@ from shared_bert.evaluation.efficiency import (
     speed_table,
 )
 from shared_bert.evaluation.efficiency_table import efficiency_table, measure_efficiency, read_config
-from shared_bert.evaluation.finetuning_speed import compare_padding
 from shared_bert.evaluation.growth import draw_growth, growth_table, measure_growth
 from shared_bert.evaluation.packing_speed import compare_packing
 from shared_bert.training.arguments import read_overrides
@@ -209,6 +208,8 @@ def growth(arguments: argparse.Namespace):
 
 
 def finetune(arguments: argparse.Namespace):
+    from shared_bert.evaluation.finetuning_speed import compare_padding  # needs the extra finetune
+
     splits = load_glue(arguments.task, arguments.data_dir)
     rows = {split: part.select(range(min(arguments.rows, len(part)))) for split, part in splits.items()}
     row = compare_padding(

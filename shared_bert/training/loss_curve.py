@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 
 def save_loss_curve(
     output_dir: str,
@@ -33,6 +31,8 @@ def save_loss_curve(
 
 
 def _draw(curve: dict[str, Any], loss_name: str, path: Path):
+    from matplotlib.figure import Figure  # takes most of a second, which the first step need not wait for
+
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel=loss_name, title=curve["title"])
     for name, style in (
