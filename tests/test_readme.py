@@ -310,7 +310,7 @@ def test_decoding_is_the_kept_result():
     (row,) = kept("benchmark_decode_cpu.json")["results"]
     low, _, high = row["speedup_quartiles"]
     speedup = f"{row['speedup']:.2f}×"
-    expected = f"{speedup} its speed (quartiles of nine alternating rounds {low:.2f} to {high:.2f})"
+    expected = f"{speedup} its speed (quartiles of {row['rounds']} alternating rounds {low:.2f} to {high:.2f})"
     assert expected in " ".join(MEASUREMENTS.split())
     assert f"{speedup} the speed" in README
     for seconds in row["seconds_per_token"].values():
