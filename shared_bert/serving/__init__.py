@@ -1,0 +1,1 @@
+"""Servers that run the models of this package: a plug-in of vLLM, and a command for `transformers serve`."""
