@@ -55,6 +55,9 @@ class SharedGptConfig(SharedAttentionConfig):
     eos_token_id: int | list[int] | None = 50256
     tie_word_embeddings: bool = True
 
+    # Whether caches are transformers' paged ones, which know keys and values only. Not saved.
+    caches_are_paged = False
+
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.base_model_tp_plan = self._tensor_parallel_plan("h.*.attn", "h.*.mlp.c_fc", "h.*.mlp.c_proj")
@@ -62,8 +65,12 @@ class SharedGptConfig(SharedAttentionConfig):
     @property
     def layer_types(self) -> list[str]:
         """The types of cache layers for `generate()`: one stream per layer where key and value are one tensor."""
-        layer_type = SHARED_KEY_VALUE if self.scheme.key_is_value else "full_attention"
-        return [layer_type] * self.num_hidden_layers
+        is_one_stream = self.scheme.key_is_value and not self.caches_are_paged
+        return [SHARED_KEY_VALUE if is_one_stream else "full_attention"] * self.num_hidden_layers
 
     def validate_layer_type(self):
         """`layer_types` is derived and may name this package's own cache layer: nothing to validate."""
+
+    def _remove_keys_not_serialized(self, d):
+        super()._remove_keys_not_serialized(d)
+        d.pop("caches_are_paged", None)

@@ -269,6 +269,22 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Return the manager of transformers, whose paged cache keeps a key and a value of every token.
+
+        Schemes whose key is their value take twice the bytes there that `generate` does, and so they do in `generate`
+        once a manager has been made.
+        """
+        self.config.caches_are_paged = True
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """Generate for several prompts by continuous batching; see transformers' `generate_batch`."""
+        try:
+            return super().generate_batch(*args, **kwargs)
+        finally:
+            self.config.caches_are_paged = False
+
 
 class SharedGptForSequenceClassification(SharedGptPreTrainedModel):
     """Classifies (or, with one label, scores) a text by its last token that is not padding."""

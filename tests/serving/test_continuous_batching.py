@@ -1,0 +1,38 @@
+"""Continuous batching of transformers writes what `generate` writes."""
+
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from shared_bert import SharedGptForCausalLM
+
+from ..ecosystem.conftest import random_model
+
+ROWS = [[5, 6, 7, 8, 9, 11], [9, 3, 2], [4] * 9]
+# No token ends the text.
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_it_writes_what_generate_writes(attention, implementation):
+    model = random_model("gpt", initializer_range=0.3, **attention)
+    expected = [model.generate(torch.tensor([row]), **GREEDY)[0, len(row) :].tolist() for row in ROWS]
+    model.set_attn_implementation(implementation)
+    # Fewer tokens in a batch than the prompts have, so that they are read in parts.
+    paged = ContinuousBatchingConfig(num_blocks=16, page_size=4, max_batch_tokens=8)
+    outputs = model.generate_batch(
+        ROWS, generation_config=GenerationConfig(**GREEDY), continuous_batching_config=paged
+    )
+    assert [output.generated_tokens for _, output in sorted(outputs.items())] == expected
+
+
+def test_generate_keeps_one_stream_afterwards(tmp_path):
+    model = random_model("gpt", attention_scheme="shared")
+    model.generate_batch(ROWS, GenerationConfig(**GREEDY))
+    cache = model(torch.tensor(ROWS[:1]), use_cache=True).past_key_values
+    assert cache.layers[0].keys is cache.layers[0].values
+    model.init_continuous_batching(GenerationConfig(**GREEDY))
+    assert model.config.layer_types == ["full_attention"] * 2
+    model.save_pretrained(tmp_path)
+    again = SharedGptForCausalLM.from_pretrained(tmp_path)
+    assert again.config.layer_types == ["shared_kv_attention"] * 2

@@ -1,0 +1,57 @@
+"""`shared-bert-serve` answers what `generate` writes, whole and streamed, with continuous batching and without."""
+
+import sys
+
+import openai
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import shared_bert
+
+from ..ecosystem.conftest import random_model
+
+PROMPT = "the fox hunts . the"
+COMMAND = [sys.executable, "-m", "shared_bert.serving.transformers_serve"]
+# Else the cache is sized for a machine that does nothing else.
+SMALL_CACHE = ["--cb-num-blocks", "64", "--cb-block-size", "16", "--cb-max-batch-tokens", "64"]
+
+
+def saved(kind: str, tokenizers, folder):
+    """Return a folder with a decoder of a scheme, with depth sharing or exported, and its tokenizer."""
+    sharing = {"depth_sharing": "masa", "num_atoms": 2} if kind == "masa" else {}
+    tokenizer = tokenizers["bert"]  # whose tokens are text, where a byte need not be
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": None}
+    fields = {"attention_scheme": "shared", "vocab_size": len(tokenizer), "initializer_range": 0.3}
+    model = random_model("gpt", **special, **fields, **sharing)
+    if kind == "stock":
+        model = shared_bert.to_stock(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    without_token_types = {"model_input_names": ["input_ids", "attention_mask"]}
+    AutoTokenizer.from_pretrained(folder, **without_token_types).save_pretrained(folder)
+    return folder
+
+
+def written(folder) -> str:
+    """What `generate` writes after the prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "batching"), [("shared", False), ("shared", True), ("masa", True), ("stock", True)])
+def test_it_answers_what_generate_writes(serve, tokenizers, tmp_path, kind, batching):
+    folder = saved(kind, tokenizers, tmp_path / "model")
+    options = ["--continuous-batching", *SMALL_CACHE] if batching else []
+    url = serve([*COMMAND, folder, "--device", "cpu", *options])
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    request = {"model": str(folder), "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    expected = written(folder)
+    assert len(expected.split()) > 2
+    assert client.completions.create(**request).choices[0].text == expected
+    parts = [part.choices[0].text for part in client.completions.create(**request, stream=True) if part.choices]
+    assert sum(part != "" for part in parts) > 1
+    assert "".join(parts) == expected
