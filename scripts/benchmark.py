@@ -11,6 +11,7 @@ python scripts/benchmark.py finetune --model FOLDER    # fine-tuning at real len
 python scripts/benchmark.py startup RECIPE             # seconds to the first step of pre-training
 python scripts/benchmark.py growth                     # time and memory against length and batch
 python scripts/benchmark.py profile                    # where the time of a step goes
+python scripts/benchmark.py load --model A,B --command "shared-bert-serve MODEL"   # a server under load
 python scripts/benchmark.py efficiency --model A,B,C   # size, work, time and memory of several models beside stock
 
 train, encode and decode compare with the stock model of the same shape; with --sharing they compare depth sharing with
@@ -20,6 +21,7 @@ separate layers.
 import argparse
 import json
 import math
+import shlex
 import statistics
 import subprocess
 import sys
@@ -45,6 +47,7 @@ from shared_bert.evaluation.efficiency import (
 from shared_bert.evaluation.efficiency_table import efficiency_table, measure_efficiency, read_config
 from shared_bert.evaluation.growth import draw_growth, growth_table, measure_growth
 from shared_bert.evaluation.packing_speed import compare_packing
+from shared_bert.evaluation.serving_load import load_table, load_test, served
 from shared_bert.training.arguments import read_overrides
 
 DEFAULT_SCHEMES = {"mlm": "shared", "clm": "query_free"}
@@ -248,6 +251,20 @@ def efficiency(arguments: argparse.Namespace):
     arguments.output.with_suffix(".md").write_text(table + "\n")
 
 
+def load(arguments: argparse.Namespace):
+    rows = []
+    for model in arguments.model.split(","):
+        command = [model if word == "MODEL" else word for word in shlex.split(arguments.command)]
+        with tempfile.TemporaryDirectory() as folder, served(command, Path(folder, "log")) as url:
+            row = load_test(
+                url, model, arguments.clients, arguments.requests, arguments.prompt_words, arguments.new_tokens
+            )
+        rows.append({"server": arguments.server or command[0], "model": Path(model).name, **row})
+        print(load_table(rows[-1:]), flush=True)
+    write(arguments, rows)
+    arguments.output.with_suffix(".md").write_text(load_table(rows))
+
+
 def write(arguments: argparse.Namespace, rows: list[dict]):
     result = {**environment(arguments.device), "results": rows}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -317,6 +334,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--epochs", type=int, default=1)
     command.add_argument("--learning_rate", type=float, default=1e-4)
     command.set_defaults(run=finetune, output=Path("runs/benchmark_finetune.json"))
+
+    command = commands.add_parser("load", help="a server of completions under the load of several clients")
+    command.add_argument("--model", required=True, help="folders, one server each: A,B,C")
+    command.add_argument("--command", required=True, help="starts a server of MODEL; --host and --port are added")
+    command.add_argument("--server", help="its name in the table; default: the first word of the command")
+    command.add_argument("--clients", type=int, default=8)
+    command.add_argument("--requests", type=int, default=300)
+    command.add_argument("--prompt_words", type=int, default=32)
+    command.add_argument("--new_tokens", type=int, default=16)
+    command.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the server, for the record")
+    command.add_argument("--output", type=Path)
+    command.set_defaults(run=load, output=Path("runs/benchmark_load.json"))
 
     command = commands.add_parser("efficiency", help="several models beside the stock model of the first one's shape")
     command.add_argument("--model", required=True, help="folders, Hub names or YAML config files: A,B,C")

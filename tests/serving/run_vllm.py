@@ -16,7 +16,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize
 
 
 def answer(folder: str, task: str, rows: list[list[int]], **options) -> list:
-    """Return the generated tokens, embeddings or class logits of each row of tokens."""
+    """Return the generated tokens, the embedding or the classes' probabilities of each row of tokens."""
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=32, **options)
     prompts = [{"prompt_token_ids": row} for row in rows]
     if task == "generate":
@@ -34,4 +34,4 @@ if __name__ == "__main__":
         except Exception as error:
             answers[name] = f"{type(error).__name__}: {error}"
         gc.collect()
-        Path(sys.argv[2]).write_text(json.dumps(answers))
+    Path(sys.argv[2]).write_text(json.dumps(answers))
