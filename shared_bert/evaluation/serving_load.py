@@ -14,24 +14,6 @@ from typing import Any
 
 START_SECONDS = 300
 TEXT = "the fox hunts while the dog barks at an owl that sees a cat and a hen"
-    "the",
-    "fox",
-    "hunts",
-    "while",
-    "the",
-    "dog",
-    "barks",
-    "at",
-    "an",
-    "owl",
-    "that",
-    "sees",
-    "a",
-    "cat",
-    "and",
-    "a",
-    "hen",
-]
 
 
 @contextlib.contextmanager
