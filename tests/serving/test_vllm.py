@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif(PYTHON is None, reason="VLLM_PYTHON names no Python with vLLM: see shared_bert/README.md"),
 ]
 ROWS = [[5, 6, 7, 8, 9, 11], [9, 3, 2], [4] * 9]
+# Of a CPU's memory, too; nearly all of it by default.
+MEMORY = ["--gpu-memory-utilization", "0.2"]
 # vLLM's attention takes heads of 64 channels on a CPU. With three layers vLLM does not take the coefficients' network
 # for a table of words: type_vocab_size is two.
 SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 320}
@@ -109,7 +111,7 @@ def test_a_server_streams(serve, tokenizers, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizers["gpt"].save_pretrained(tmp_path / "model")
     server = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", tmp_path / "model"]
-    url = serve([*server, "--enforce-eager", "--dtype", "float32", "--max-model-len", "32"])
+    url = serve([*server, "--enforce-eager", "--dtype", "float32", "--max-model-len", "32", *MEMORY])
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
     request = {"model": str(tmp_path / "model"), "prompt": ROWS[0], "max_tokens": 8, "temperature": 0}
     more = {"extra_body": {"ignore_eos": True, "return_token_ids": True}}
