@@ -26,6 +26,7 @@ DOCUMENTS = {
         "shared_bert/README.md",
         "shared_bert/conversion/README.md",
         "shared_bert/injection/README.md",
+        "shared_bert/serving/README.md",
     )
 }
 # Records of fine-tuning whose tables are kept.
