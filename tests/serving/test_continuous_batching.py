@@ -12,6 +12,9 @@ ROWS = [[5, 6, 7, 8, 9, 11], [9, 3, 2], [4] * 9]
 # No token ends the text.
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 
+# The older name, of transformers 5.17, is deprecated in 5.23.
+PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
+
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_it_writes_what_generate_writes(attention, implementation):
@@ -19,7 +22,7 @@ def test_it_writes_what_generate_writes(attention, implementation):
     expected = [model.generate(torch.tensor([row]), **GREEDY)[0, len(row) :].tolist() for row in ROWS]
     model.set_attn_implementation(implementation)
     # Fewer tokens in a batch than the prompts have, so that they are read in parts.
-    paged = ContinuousBatchingConfig(num_blocks=16, page_size=4, max_batch_tokens=8)
+    paged = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=8, **{PAGE_SIZE: 4})
     outputs = model.generate_batch(
         ROWS, generation_config=GenerationConfig(**GREEDY), continuous_batching_config=paged
     )
