@@ -166,6 +166,8 @@ register(
             "attention_probs_dropout_prob": ("attn_pdrop",),
             "layer_norm_eps": ("layer_norm_epsilon",),
             "use_cache": ("use_cache",),
+            # Converters of other libraries still read the older name.
+            "max_position_embeddings": ("n_positions", "n_ctx"),
         },
         standard={"mlp_bias": True, "norm_bias": True},
     )

@@ -1,7 +1,7 @@
 """vLLM answers what the models compute: natively, from the code of a checkpoint, and exported.
 
 It pins other versions than this package is tested with, so it has an environment of its own, whose Python VLLM_PYTHON
-names; shared_bert/README.md has the commands that make it.
+names; shared_bert/serving/README.md has the commands that make it.
 """
 
 import json
@@ -22,7 +22,9 @@ from ..ecosystem.conftest import random_model
 PYTHON = os.environ.get("VLLM_PYTHON")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="VLLM_PYTHON names no Python with vLLM: see shared_bert/README.md"),
+    pytest.mark.skipif(
+        PYTHON is None, reason="VLLM_PYTHON names no Python with vLLM: see shared_bert/serving/README.md"
+    ),
 ]
 ROWS = [[5, 6, 7, 8, 9, 11], [9, 3, 2], [4] * 9]
 # Of a CPU's memory, too; nearly all of it by default.
