@@ -13,6 +13,7 @@ python scripts/benchmark.py growth                     # time and memory against
 python scripts/benchmark.py profile                    # where the time of a step goes
 python scripts/benchmark.py load --model A,B --command "shared-bert-serve MODEL"   # a server under load
 python scripts/benchmark.py efficiency --model A,B,C   # size, work, time and memory of several models beside stock
+python scripts/benchmark.py deploy --model FOLDER      # a sentence encoder and its conversions in several runtimes
 
 train, encode and decode compare with the stock model of the same shape; with --sharing they compare depth sharing with
 separate layers.
@@ -31,6 +32,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import transformers
+
 import shared_bert
 from shared_bert.command_line import reports_user_errors
 from shared_bert.data import load_documents, load_tokenizer, train_tokenizer
@@ -48,6 +51,7 @@ from shared_bert.evaluation.efficiency_table import efficiency_table, measure_ef
 from shared_bert.evaluation.growth import draw_growth, growth_table, measure_growth
 from shared_bert.evaluation.packing_speed import compare_packing
 from shared_bert.evaluation.serving_load import load_table, load_test, served
+from shared_bert.folders import load_model
 from shared_bert.training.arguments import read_overrides
 
 DEFAULT_SCHEMES = {"mlm": "shared", "clm": "query_free"}
@@ -265,6 +269,18 @@ def load(arguments: argparse.Namespace):
     arguments.output.with_suffix(".md").write_text(load_table(rows))
 
 
+def deploy(arguments: argparse.Namespace):
+    # Needs the extra train, and for each runtime an extra of its own.
+    from shared_bert.evaluation.deployment import deployed_models, deployment_table, measure_deployment
+
+    original = load_model(arguments.model, [transformers.BertModel])
+    result = measure_deployment(deployed_models(original), rounds=arguments.rounds)
+    table = deployment_table(result)
+    print(table)
+    write(arguments, [result])
+    arguments.output.with_suffix(".md").write_text(table + "\n")
+
+
 def write(arguments: argparse.Namespace, rows: list[dict]):
     result = {**environment(arguments.device), "results": rows}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -352,6 +368,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--tokenizer_name", help="of all models; default: the first model's")
     add_task_options(command, "cola", 1024)
     command.set_defaults(run=efficiency, output=Path("runs/benchmark_efficiency.json"))
+
+    command = commands.add_parser("deploy", help="a sentence encoder and its conversions in several runtimes")
+    command.add_argument("--model", required=True, help="a stock BERT without a head: a folder, or a name on the Hub")
+    command.add_argument("--rounds", type=int, default=9)
+    command.add_argument("--output", type=Path)
+    command.set_defaults(run=deploy, device="cpu", output=Path("runs/benchmark_deploy.json"))
     return parser.parse_args(arguments)
 
 

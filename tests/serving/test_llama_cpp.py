@@ -1,7 +1,7 @@
 """llama.cpp runs what `to_stock` exports: it writes what `generate` writes, and embeds as the model does.
 
-LLAMA_CPP names a folder with llama-cpp-python and its source, whose converter is used; shared_bert/serving/README.md has
-the commands that make it.
+LLAMA_CPP names a folder with llama-cpp-python and its source, whose converter is used: the commands are in
+shared_bert/serving/README.md.
 """
 
 import json
