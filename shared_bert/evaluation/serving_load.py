@@ -82,7 +82,7 @@ def load_test(
     try:
         import openai
     except ImportError as error:
-        raise ImportError('a load test needs openai: pip install "shared-bert[serving]"') from error
+        raise ImportError("a load test needs openai: pip install 'shared_bert[serving]'") from error
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
     words = " ".join(itertools.islice(itertools.cycle(TEXT.split()), prompt_words))
 
