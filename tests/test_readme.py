@@ -271,6 +271,21 @@ def test_the_costs_are_the_kept_result():
     assert efficiency_table(result) in MEASUREMENTS
 
 
+def test_deployment_is_the_kept_result():
+    from shared_bert.evaluation.deployment import deployment_table
+
+    (result,) = kept("benchmark_deploy_cpu.json")["results"]
+    assert deployment_table(result) in MEASUREMENTS
+
+
+@pytest.mark.parametrize("server", ["transformers", "vllm"])
+def test_servers_under_load_are_the_kept_results(server):
+    from shared_bert.evaluation.serving_load import load_table
+
+    rows = kept(f"benchmark_load_{server}_cpu.json")["results"]
+    assert load_table(rows) in MEASUREMENTS
+
+
 def test_conversions_are_the_kept_results():
     result = kept("minilm_conversion.json")
     card = (ROOT / "model_cards" / "minilm_conversion.md").read_text()

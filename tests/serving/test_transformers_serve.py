@@ -28,15 +28,17 @@ def saved(kind: str, tokenizers, folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     without_token_types = {"model_input_names": ["input_ids", "attention_mask"]}
-    AutoTokenizer.from_pretrained(folder, **without_token_types).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **without_token_types)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
     return folder
 
 
-def written(folder) -> str:
+def written(folder, is_chat: bool) -> str:
     """What `generate` writes after the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    inputs = tokenizer(PROMPT, return_tensors="pt")
+    inputs = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=not is_chat)
     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -48,10 +50,15 @@ def test_it_answers_what_generate_writes(serve, tokenizers, tmp_path, kind, batc
     options = ["--continuous-batching", *SMALL_CACHE] if batching else []
     url = serve([*COMMAND, folder, "--device", "cpu", *options])
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-    request = {"model": str(folder), "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
-    expected = written(folder)
+    settings = {"model": str(folder), "temperature": 0}
+    expected = written(folder, is_chat=False)
     assert len(expected.split()) > 2
+    request = {**settings, "prompt": PROMPT, "max_tokens": 8}
     assert client.completions.create(**request).choices[0].text == expected
     parts = [part.choices[0].text for part in client.completions.create(**request, stream=True) if part.choices]
     assert sum(part != "" for part in parts) > 1
     assert "".join(parts) == expected
+
+    chat = {**settings, "messages": [{"role": "user", "content": PROMPT}], "max_completion_tokens": 8}
+    answer = client.chat.completions.create(**chat).choices[0].message.content
+    assert answer == written(folder, is_chat=True)
