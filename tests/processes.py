@@ -120,6 +120,8 @@ def _read_environment_again():
     import torch
     import transformers
 
+    # datasets put the folder of the user's own cache there, whose modules would be found first.
+    sys.path[:] = [path for path in sys.path if path != datasets.config.HF_MODULES_CACHE]
     importlib.reload(huggingface_hub.constants)
     importlib.reload(datasets.config)
     modules = os.path.join(huggingface_hub.constants.HF_HOME, "modules")

@@ -84,7 +84,7 @@ def compared(tokenizers, tmp_path_factory) -> dict[tuple, tuple[list, list]]:
     answers = {}
     for with_plugin in (True, False):
         chosen = {"-".join(case): job for case, job in jobs.items() if (case[2] != "code") == with_plugin}
-        answers |= run(chosen, root, {} if with_plugin else {"VLLM_PLUGINS": ""})
+        answers |= run(chosen, root, {} if with_plugin else {"VLLM_PLUGINS": "", "HF_HOME": str(root)})
     return {case: (answers["-".join(case)], right[case]) for case in CASES}
 
 
