@@ -29,6 +29,7 @@ class MaskedLanguageModelingCollator:
             predictions is skipped, so a row may have fewer.
         seed: of the masks, a non-negative integer.
         separate_documents: pass `document_ids` to the model.
+        count_predictions: pass `num_predictions` to the model, which stock models do not take.
 
     Called with rows of `Blocks`, it returns `input_ids` and `labels`, int64 [batch, seq] (-100 where nothing
     is predicted), `num_predictions`, the int that bounds the predictions of any batch of this shape, and
@@ -46,6 +47,7 @@ class MaskedLanguageModelingCollator:
         whole_word: bool = False,
         seed: int = 0,
         separate_documents: bool = True,
+        count_predictions: bool = True,
     ):
         check_tokenizer(tokenizer, "mlm")
         if not 0 < mlm_probability <= 1:
@@ -66,6 +68,7 @@ class MaskedLanguageModelingCollator:
         self.whole_word = whole_word
         self.seed = seed
         self.separate_documents = separate_documents
+        self.count_predictions = count_predictions
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | int]:
         input_ids, document_ids = _stacked(rows)
@@ -92,7 +95,9 @@ class MaskedLanguageModelingCollator:
         random_ids = self.ordinary_ids[(replacement * len(self.ordinary_ids)).astype(int)]
         input_ids = np.where(masked, self.mask_token_id, np.where(replaced, random_ids, input_ids))
         batch = _batch(input_ids, labels, document_ids, self.separate_documents)
-        return {**batch, "num_predictions": num_rows * math.ceil(self.mlm_probability * length)}
+        if self.count_predictions:
+            batch["num_predictions"] = num_rows * math.ceil(self.mlm_probability * length)
+        return batch
 
     def _continued(self, input_ids, document_ids, maskable) -> np.ndarray:
         """Return where a token continues the word of the token before it, bool [batch, seq]."""

@@ -1,17 +1,19 @@
 """Measurements: a model's cost, speed and quality."""
 
 from .efficiency import StepSettings, TrainingStep, compare_training_steps, environment, peak_memory
-from .likelihood import blimp_accuracy, perplexity, sentence_scores
+from .likelihood import DocumentLosses, blimp_accuracy, document_losses, perplexity, sentence_scores
 from .parameters import Cost, cost_table, load_config, model_cost
 from .sentence_similarity import sentence_embeddings, similarity_spearman
 
 __all__ = [
     "Cost",
+    "DocumentLosses",
     "StepSettings",
     "TrainingStep",
     "blimp_accuracy",
     "compare_training_steps",
     "cost_table",
+    "document_losses",
     "environment",
     "load_config",
     "model_cost",

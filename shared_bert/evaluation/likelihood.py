@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..conversion.families import FAMILIES, family_of
+from ..data import MaskedLanguageModelingCollator
 from ..modeling.losses import IGNORED
 
 # Models of this package, and their stock counterparts.
@@ -57,7 +60,7 @@ def sentence_scores(
     if objective_of(model) == "clm":
         if within_word:
             raise ValueError("within_word is for encoders: a decoder sees no later token")
-        rows = [_decoder_row(tokenizer, sentence) for sentence in sentences]
+        rows = [_decoder_row(tokenizer, sentence, i) for i, sentence in enumerate(sentences)]
     else:
         rows = [
             row for i, sentence in enumerate(sentences) for row in _encoder_rows(tokenizer, sentence, within_word, i)
@@ -66,19 +69,25 @@ def sentence_scores(
     most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     if longest > most:
         raise ValueError(f"a sentence has {longest} tokens, more than {most} positions")
+    return _text_scores(model, rows, len(sentences), batch_size, tokenizer.pad_token_id or 0)
+
+
+def _text_scores(
+    model: PreTrainedModel, rows: list[dict[str, Any]], num_texts: int, batch_size: int, pad_token_id: int
+) -> list[float]:
+    """Return for each text the sum of the log-probabilities of the labels in its rows."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # similar lengths need little padding
-    scores = [0.0] * len(sentences)
+    scores = [0.0] * num_texts
     for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        totals = _row_scores(model, [rows[i] for i in indices], tokenizer.pad_token_id or 0)
-        for i, total in zip(indices, totals, strict=True):
-            scores[rows[i].get("sentence", i)] += total
+        batch = [rows[i] for i in order[start : start + batch_size]]
+        for row, total in zip(batch, _row_scores(model, batch, pad_token_id), strict=True):
+            scores[row["text"]] += total
     return scores
 
 
-def _decoder_row(tokenizer: PreTrainedTokenizerBase, sentence: str) -> dict[str, Any]:
+def _decoder_row(tokenizer: PreTrainedTokenizerBase, sentence: str, index: int) -> dict[str, Any]:
     ids = tokenizer(f" {sentence}", add_special_tokens=False)["input_ids"]
-    return {"input_ids": [start_token(tokenizer), *ids[:-1]], "labels": ids}
+    return {"input_ids": [start_token(tokenizer), *ids[:-1]], "labels": ids, "text": index}
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -106,7 +115,7 @@ def _encoder_rows(
         for later in range(place, len(ids) if within_word else place + 1):
             if words[later] == word:
                 masked[later] = tokenizer.mask_token_id
-        yield {"input_ids": masked, "labels": labels, "sentence": index}
+        yield {"input_ids": masked, "labels": labels, "text": index}
 
 
 @torch.no_grad()
@@ -179,19 +188,106 @@ def blimp_accuracy(
     }
 
 
+@dataclass(frozen=True)
+class DocumentLosses:
+    """The loss of a language model on each of several texts.
+
+    Args:
+        nats: the sum over the predicted tokens of each text.
+        tokens: how many they are.
+    """
+
+    nats: list[float]
+    tokens: list[int]
+
+    @property
+    def mean(self) -> float:
+        """The loss in nats per predicted token of all texts."""
+        return sum(self.nats) / sum(self.tokens)
+
+
+def document_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    window: int | None = None,
+    stride: int | None = None,
+    mlm_probability: float = 0.15,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> DocumentLosses:
+    """Return the loss of each text, by itself: of every token under a decoder, of masked tokens under an encoder.
+
+    Args:
+        window: tokens that the model reads at once; None takes as many as it can.
+        stride: tokens that each window of a decoder predicts; all others are context. None takes half a window; a
+            whole window is the cheapest, and the loss the highest. An encoder reads windows that do not overlap.
+        mlm_probability: share of an encoder's tokens to predict.
+        seed: of the masks, which are the same for all models with this tokenizer, window and probability.
+        batch_size: windows of one forward.
+
+    Raises:
+        ValueError: no language model, a stride or window out of range, or no text.
+    """
+    objective = objective_of(model)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window or 2048
+    window = most if window is None else window
+    stride = max(window // 2, 1) if stride is None else stride
+    if not 1 <= stride <= window <= most:
+        raise ValueError(f"{stride=} and {window=} must be in order: 1, stride, window, {most} positions")
+    if objective == "clm":
+        rows = [row for i, text in enumerate(texts) for row in _windows(tokenizer, text, window, stride, i)]
+    else:
+        collator = MaskedLanguageModelingCollator(tokenizer, mlm_probability, seed=seed)
+        rows = [row for i, text in enumerate(texts) for row in _masked_rows(tokenizer, collator, text, window, i)]
+    tokens = [0] * len(texts)
+    for row in rows:
+        tokens[row["text"]] += sum(label != IGNORED for label in row["labels"])
+    if not any(tokens):
+        raise ValueError("the texts have no tokens")
+    scores = _text_scores(model, rows, len(texts), batch_size, tokenizer.pad_token_id or 0)
+    return DocumentLosses([-score for score in scores], tokens)
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, window: int, stride: int, index: int
+) -> Iterator[dict[str, Any]]:
+    ids = [start_token(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    first = 1  # the next token to predict
+    while first < len(ids):
+        # The first window has no context to spare.
+        last = min(first + (window if first == 1 else stride), len(ids))
+        begin = max(last - 1 - window, 0)
+        labels = [IGNORED] * (first - 1 - begin) + ids[first:last]
+        yield {"input_ids": ids[begin : last - 1], "labels": labels, "text": index}
+        first = last
+
+
+def _masked_rows(
+    tokenizer: PreTrainedTokenizerBase, collator: MaskedLanguageModelingCollator, text: str, window: int, index: int
+) -> Iterator[dict[str, Any]]:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    piece = window - 2  # between [CLS] and [SEP]
+    for start in range(0, len(ids), piece):
+        row = np.array([tokenizer.cls_token_id, *ids[start : start + piece], tokenizer.sep_token_id])
+        # A mask depends on the text and the place of the row.
+        places = {"index": index, "epoch": start}
+        batch = collator([{"input_ids": row, "document_ids": np.zeros_like(row), **places}])
+        yield {"input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist(), "text": index}
+
+
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     stride: int | None = None,
     window: int | None = None,
+    batch_size: int = 1,
 ) -> dict[str, float]:
     """Return the perplexity of a decoder on texts, each by itself, in overlapping windows.
 
     Args:
-        window: tokens that the model reads at once; None takes as many as it can.
-        stride: tokens that each window predicts; all others are context. None takes half a window; a whole window is
-            the cheapest, and the perplexity the highest.
+        stride, window, batch_size: see `document_losses`.
 
     Returns:
         `per_token` and `per_word` perplexity (words end at white space), `nats_per_token`, and the numbers of `tokens`
@@ -202,31 +298,14 @@ def perplexity(
     """
     if objective_of(model) != "clm":
         raise ValueError(f"perplexity is for decoders: a {type(model).__name__} predicts masked tokens")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window or 2048
-    window = most if window is None else window
-    stride = max(window // 2, 1) if stride is None else stride
-    if not 1 <= stride <= window <= most:
-        raise ValueError(f"{stride=} and {window=} must be in order: 1, stride, window, {most} positions")
-    start = start_token(tokenizer)
-    total, tokens, words = 0.0, 0, 0
-    for text in texts:
-        ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-        words += len(text.split())
-        tokens += len(ids) - 1
-        first = 1  # the next token to predict
-        while first < len(ids):
-            # The first window has no context to spare.
-            last = min(first + (window if first == 1 else stride), len(ids))
-            begin = max(last - 1 - window, 0)
-            total += _window_loss(model, ids[begin:last], last - first)
-            first = last
-    if tokens == 0:
-        raise ValueError("the texts have no tokens")
+    texts = list(texts)
+    losses = document_losses(model, tokenizer, texts, window, stride, batch_size=batch_size)
+    total, words = sum(losses.nats), sum(len(text.split()) for text in texts)
     return {
-        "per_token": _exp(total / tokens),
+        "per_token": _exp(losses.mean),
         "per_word": _exp(total / words) if words else math.inf,
-        "nats_per_token": total / tokens,
-        "tokens": tokens,
+        "nats_per_token": losses.mean,
+        "tokens": sum(losses.tokens),
         "words": words,
     }
 
@@ -236,11 +315,3 @@ def _exp(nats: float) -> float:
         return math.exp(nats)
     except OverflowError:  # as for a text without spaces, which is one word
         return math.inf
-
-
-@torch.no_grad()
-def _window_loss(model: PreTrainedModel, ids: list[int], predicted: int) -> float:
-    """Return the sum of the losses of the last `predicted` tokens, each from those before it."""
-    row = torch.tensor([ids], device=model.device)
-    logits = model(row[:, :-1], logits_to_keep=predicted).logits[0].float()
-    return float(cross_entropy(logits, row[0, -predicted:], reduction="sum").double())

@@ -54,8 +54,26 @@ def save_record(path: Path, record: dict[str, Any]):
     """Write a record, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    # A line for each entry, however long its lists are.
+    lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
+    unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     unfinished.replace(path)
+
+
+def load_record(path: Path, needed: Iterable[str]) -> dict[str, Any]:
+    """Return a record.
+
+    Raises:
+        ValueError: it is damaged, or lacks one of the entries `needed`.
+    """
+    try:
+        record = json.loads(path.read_text())
+        lacking = [name for name in needed if name not in record]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: delete it ({error})") from error
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}: it is not a record of this kind, or of an older version")
+    return record
 
 
 def load_records(output: str | Path) -> list[dict[str, Any]]:
@@ -64,12 +82,7 @@ def load_records(output: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a damaged record.
     """
-    records = []
-    for path in Path(output, "records").glob("*.json"):
-        try:
-            records.append(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: delete it ({error})") from error
+    records = [load_record(path, ("task", "seed")) for path in Path(output, "records").glob("*.json")]
     return sorted(records, key=lambda record: (record["task"], record["seed"]))
 
 

@@ -25,7 +25,9 @@ class ConfigArguments:
     """
 
     model_name_or_path: str | None = option(None, "A trained model to continue training; else see config_name.")
-    model_type: str | None = option(None, "shared_bert or shared_gpt, where config_name does not say.")
+    model_type: str | None = option(
+        None, "shared_bert, shared_gpt or a language model of transformers, where config_name does not say."
+    )
     config_name: str | None = option(None, "A YAML or JSON file of config fields, for a new model.")
     config_overrides: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Config fields that replace others: a mapping in YAML, else a=1,b=x."}
@@ -48,9 +50,13 @@ class ModelArguments(ConfigArguments):
     """The model and its tokenizer.
 
     Raises:
-        ValueError: see `ConfigArguments`; two tokenizers or none.
+        ValueError: see `ConfigArguments`; two tokenizers or none; `sharing` of a trained model.
     """
 
+    sharing: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For a new model of transformers: options of `share`, a mapping in YAML, else a=1,b=x."},
+    )
     attn_implementation: str | None = option(None, "eager, sdpa, flex_attention, flash_attention_2 …; else the best.")
     tokenizer_name: str | None = option(None, "A tokenizer on the Hub or a folder; else the model's own.")
     tokenizer_vocab_size: int | None = option(None, "Train a tokenizer of this size on the training text.")
@@ -58,6 +64,10 @@ class ModelArguments(ConfigArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.sharing, str):
+            self.sharing = read_overrides(self.sharing)
+        if self.sharing and self.model_name_or_path:
+            raise ValueError("sharing is for a new model: a trained one is converted by convert.py")
         if self.tokenizer_name and self.tokenizer_vocab_size:
             raise ValueError(
                 f"tokenizer_name={self.tokenizer_name!r} takes a tokenizer and tokenizer_vocab_size="

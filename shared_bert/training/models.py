@@ -7,20 +7,35 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import shared_bert
 
 from ..conversion.families import AUTO_CLASSES, FAMILIES
+from ..injection import share
 from .arguments import ConfigArguments
 from .checkpoints import UNFINISHED, publish
 from .yaml_files import check_keys, load_mapping
+
+
+def pretraining_objective(model_type: str) -> str | None:
+    """Return what a language model is pre-trained to predict: "mlm" (masked tokens) or "clm" (the next token).
+
+    It is None for a type of which neither this package nor transformers has a language model.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].objective
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "mlm"
+    return "clm" if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 def config_fields(arguments: ConfigArguments) -> dict[str, Any]:
     """Return the stated fields of the config with its `model_type`, overrides last.
 
     Raises:
-        ValueError: an unknown model type, two that differ, or an unknown field.
+        ValueError: a model type that is no language model's, two that differ, a trained model of transformers, or an
+            unknown field.
     """
     if arguments.model_name_or_path:
         stated = AutoConfig.from_pretrained(arguments.model_name_or_path, trust_remote_code=False).to_dict()
@@ -28,8 +43,9 @@ def config_fields(arguments: ConfigArguments) -> dict[str, Any]:
         stated = load_mapping(arguments.config_name) if arguments.config_name else {}
     source = arguments.model_name_or_path or arguments.config_name
     model_type = stated.setdefault("model_type", arguments.model_type)
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r} of {source} must be one of {', '.join(FAMILIES)}")
+    if pretraining_objective(model_type) is None or (arguments.model_name_or_path and model_type not in FAMILIES):
+        others = "" if arguments.model_name_or_path else ", or a language model of transformers"
+        raise ValueError(f"model_type={model_type!r} of {source} must be one of {', '.join(FAMILIES)}{others}")
     if arguments.model_type not in (None, model_type):
         raise ValueError(f"model_type={arguments.model_type!r}, but {source} describes a {model_type}")
     overrides = arguments.config_overrides or {}
@@ -41,17 +57,24 @@ def config_fields(arguments: ConfigArguments) -> dict[str, Any]:
 
 
 def make_model(
-    config: PreTrainedConfig, model_name_or_path: str | None = None, attn_implementation: str | None = None
+    config: PreTrainedConfig,
+    model_name_or_path: str | None = None,
+    attn_implementation: str | None = None,
+    sharing: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Return a new model of `config`, or load a trained one, with its head and float32 weights.
 
+    Args:
+        sharing: options of `share` for a new model of transformers.
+
     Raises:
-        ValueError: the trained model's weights are not those of this one.
+        ValueError: the trained model's weights are not those of this one; see `share`.
     """
-    auto_class = AUTO_CLASSES[FAMILIES[config.model_type].objective]
+    auto_class = AUTO_CLASSES[pretraining_objective(config.model_type)]
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if model_name_or_path is None:
-        return auto_class.from_config(config, **options)
+        model = auto_class.from_config(config, **options)
+        return share(model, initialize=True, **sharing)[0] if sharing else model
     model, info = auto_class.from_pretrained(model_name_or_path, config=config, output_loading_info=True, **options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:

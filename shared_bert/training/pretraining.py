@@ -16,9 +16,10 @@ from ..data import (
     load_tokenizer,
     train_tokenizer,
 )
+from ..injection.sharing_config import sharing_record
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
 from .metrics import accuracy_of, likeliest_tokens
-from .models import config_fields, make_model
+from .models import config_fields, make_model, pretraining_objective
 from .run import run_training, starting_checkpoint
 from .text import block_datasets, check_streaming, describe_text, pack_documents, read_documents
 from .trainer import PretrainingTrainer
@@ -46,7 +47,7 @@ def pretrain(
     """
     checkpoint = starting_checkpoint(training_args)
     stated = config_fields(model_args)
-    objective = FAMILIES[stated["model_type"]].objective
+    objective = pretraining_objective(stated["model_type"])
     _check_arguments(stated, model_args, data_args, training_args)
     tokenizer = _given_tokenizer(model_args, checkpoint)
     if tokenizer is not None:
@@ -62,11 +63,11 @@ def pretrain(
 
     set_seed(training_args.seed)
     config = _fit_config(stated, tokenizer, objective)
-    model = make_model(config, model_args.model_name_or_path, model_args.attn_implementation)
+    model = make_model(config, model_args.model_name_or_path, model_args.attn_implementation, model_args.sharing)
     trainer = PretrainingTrainer(
         model=model,
         args=training_args,
-        data_collator=_collator(objective, tokenizer, data_args, training_args.seed),
+        data_collator=_collator(config.model_type, tokenizer, data_args, training_args.seed),
         processing_class=tokenizer,
         compute_metrics=accuracy_of(objective),
         preprocess_logits_for_metrics=likeliest_tokens,
@@ -106,20 +107,29 @@ def _train_tokenizer(
     """Train a tokenizer in the first process and broadcast it to the others."""
     tokenizer = None
     if training_args.process_index == 0:
-        print(f"training a tokenizer of {model_args.tokenizer_vocab_size} tokens", flush=True)
-        tokenizer = train_tokenizer(
-            _TOKENIZER_KINDS[objective],
-            documents,
-            model_args.tokenizer_vocab_size,
-            model_max_length=data_args.block_size,
-            lowercase=model_args.tokenizer_lowercase,
-        )
+        tokenizer = train_tokenizer_for(objective, documents, model_args, data_args.block_size)
     (tokenizer,) = broadcast_object_list([tokenizer])
     return tokenizer
 
 
+def train_tokenizer_for(
+    objective: str, documents, model_args: ModelArguments, block_size: int
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of the training text, of the kind that models with this objective use."""
+    print(f"training a tokenizer of {model_args.tokenizer_vocab_size} tokens", flush=True)
+    return train_tokenizer(
+        _TOKENIZER_KINDS[objective],
+        documents,
+        model_args.tokenizer_vocab_size,
+        model_max_length=block_size,
+        lowercase=model_args.tokenizer_lowercase,
+    )
+
+
 def _print_model_and_text(model: PreTrainedModel, data_args: DataArguments, statistics: CorpusStatistics | None):
-    print(f"{type(model).__name__} ({model.config.attention_scheme}): {model.num_parameters():,} parameters")
+    shares = sharing_record(model.config) or model.config
+    scheme = getattr(shares, "attention_scheme", "stock")
+    print(f"{type(model).__name__} ({scheme}): {model.num_parameters():,} parameters")
     if statistics is None:
         print("training text: a stream of unknown length", flush=True)
     else:
@@ -143,19 +153,30 @@ def _check_arguments(
     stated: dict[str, Any], model_args: ModelArguments, data_args: DataArguments, training_args: PretrainingArguments
 ):
     check_streaming(data_args, training_args)
-    if data_args.whole_word_mask and FAMILIES[stated["model_type"]].objective != "mlm":
-        raise ValueError(f"whole_word_mask=true is for masked language models, not for a {stated['model_type']}")
-    config = AutoConfig.for_model(**stated)
-    if data_args.block_size > config.max_position_embeddings:
+    model_type = stated["model_type"]
+    if data_args.whole_word_mask and pretraining_objective(model_type) != "mlm":
+        raise ValueError(f"whole_word_mask=true is for masked language models, not for a {model_type}")
+    if model_type in FAMILIES and model_args.sharing:
+        raise ValueError(f"sharing is for a model of transformers: a {model_type} has config fields for it")
+    if model_type not in FAMILIES and data_args.separate_documents:
         raise ValueError(
-            f"block_size={data_args.block_size} is more than the model's "
-            f"max_position_embeddings={config.max_position_embeddings}"
+            f"a {model_type} attends across the documents of a row: give separate_documents=false for a model of "
+            "transformers"
         )
+    config = AutoConfig.for_model(**stated)
+    most = getattr(config, "max_position_embeddings", math.inf)
+    if data_args.block_size > most:
+        raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")
     trained_size = model_args.tokenizer_vocab_size
     if trained_size and trained_size > stated.get("vocab_size", math.inf):
         raise ValueError(
             f"tokenizer_vocab_size={trained_size} is more than the model's vocab_size={stated['vocab_size']}"
         )
+
+
+def padded_vocab_size(num_tokens: int) -> int:
+    """Return the rows of an embedding of so many tokens: a multiple of 64, for speed."""
+    return math.ceil(num_tokens / 64) * 64
 
 
 def _fit_config(stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase, objective: str) -> PreTrainedConfig:
@@ -166,15 +187,20 @@ def _fit_config(stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase, obje
     """
     check_tokenizer(tokenizer, objective)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    config = AutoConfig.for_model(**{"vocab_size": math.ceil(len(tokenizer) / 64) * 64, **stated, **ids})
+    config = AutoConfig.for_model(**{"vocab_size": padded_vocab_size(len(tokenizer)), **stated, **ids})
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
     return config
 
 
-def _collator(objective: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, seed: int):
-    if objective == "clm":
+def _collator(model_type: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, seed: int):
+    if pretraining_objective(model_type) == "clm":
         return CausalLanguageModelingCollator(arguments.separate_documents)
     return MaskedLanguageModelingCollator(
-        tokenizer, arguments.mlm_probability, arguments.whole_word_mask, seed, arguments.separate_documents
+        tokenizer,
+        arguments.mlm_probability,
+        arguments.whole_word_mask,
+        seed,
+        arguments.separate_documents,
+        count_predictions=model_type in FAMILIES,
     )

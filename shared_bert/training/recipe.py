@@ -1,6 +1,6 @@
 """Recipes: YAML files of arguments, and the command line that overrides them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ _DATACLASSES = (ModelArguments, DataArguments, PretrainingArguments)
 _REPLACED_BY = {
     "train_file": ("dataset_name", "dataset_config_name"),
     "dataset_name": ("train_file", "validation_file"),
-    "model_name_or_path": ("config_name", "config_overrides", "model_type", "tokenizer_name", "tokenizer_vocab_size"),
+    "model_name_or_path": (
+        "config_name", "config_overrides", "model_type", "sharing", "tokenizer_name", "tokenizer_vocab_size",
+    ),
     "tokenizer_name": ("tokenizer_vocab_size",),
     "tokenizer_vocab_size": ("tokenizer_name",),
-}
+}  # fmt: skip
 
 
 def parse_arguments(
@@ -34,23 +36,43 @@ def parse_arguments(
     Raises:
         ValueError: an unknown key or option, or a value of the wrong type.
     """
-    parser = RaisingParser(dataclasses, allow_abbrev=False)
-    valid = {field.name for dataclass in dataclasses for field in fields(dataclass)}
+    recipe, where = {}, "command line"
     if arguments and not arguments[0].startswith("-"):
-        recipe_path, *arguments = arguments
-        recipe = load_mapping(recipe_path)
-        check_keys(recipe, valid, recipe_path)
+        where, *arguments = arguments
+        recipe = load_mapping(where)
+        check_keys(recipe, _option_names(dataclasses), where)
         if adapt is not None:
-            adapt(recipe, {_option_name(a) for a in arguments if a.startswith("--")}, Path(recipe_path).parent)
-        # As strings, numbers are checked like those of the command line.
-        parser.set_defaults(**{k: str(v) if type(v) in (int, float) else v for k, v in recipe.items()})
+            adapt(recipe, {_option_name(a) for a in arguments if a.startswith("--")}, Path(where).parent)
+    return parse_mapping(recipe, dataclasses, where, arguments)
+
+
+def parse_mapping(
+    recipe: Mapping[str, Any], dataclasses: Sequence[type], where: str, arguments: Sequence[str] = ()
+) -> tuple:
+    """Read a mapping, and options that override it, into dataclasses.
+
+    Args:
+        where: what an error calls the mapping.
+
+    Raises:
+        ValueError: see `parse_arguments`.
+    """
+    parser = RaisingParser(dataclasses, allow_abbrev=False)
+    valid = _option_names(dataclasses)
+    check_keys(recipe, valid, where)
+    # As strings, numbers are checked like those of the command line.
+    parser.set_defaults(**{k: str(v) if type(v) in (int, float) else v for k, v in recipe.items()})
     *parsed, rest = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
+        list(arguments), return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
         check_keys([_option_name(rest[0])], valid, "command line")
         raise ValueError(f"command line: {rest[0]!r} is not an option; write --name value")
     return tuple(parsed)
+
+
+def _option_names(dataclasses: Sequence[type]) -> set[str]:
+    return {field.name for dataclass in dataclasses for field in fields(dataclass)}
 
 
 def parse_recipe(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:

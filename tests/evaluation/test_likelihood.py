@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import shared_bert
-from shared_bert.evaluation import blimp_accuracy, perplexity, sentence_scores
+from shared_bert.data import MaskedLanguageModelingCollator
+from shared_bert.evaluation import blimp_accuracy, document_losses, perplexity, sentence_scores
 
 from ..conftest import tiny_model
 
@@ -136,6 +138,40 @@ def test_every_token_is_predicted_once_from_its_window(models, stride, window):
     assert (found["tokens"], found["words"]) == (len(ids) - 1, len(text.split()))
 
 
+def test_a_decoders_documents_add_up_to_its_perplexity(models):
+    model, tokenizer = models("gpt")
+    found = document_losses(model, tokenizer, SENTENCES, window=8, stride=3, batch_size=2)
+    for i, sentence in enumerate(SENTENCES):
+        alone = perplexity(model, tokenizer, [sentence], stride=3, window=8)
+        assert found.tokens[i] == alone["tokens"]
+        assert found.nats[i] == pytest.approx(alone["tokens"] * alone["nats_per_token"], rel=1e-4)
+    assert found.mean == pytest.approx(perplexity(model, tokenizer, SENTENCES, 3, 8)["nats_per_token"], rel=1e-4)
+
+
+def test_an_encoders_documents_are_masked_by_themselves(models):
+    model, tokenizer = models("bert", attention_scheme="pairwise")
+    texts = [" ".join(SENTENCES), "the fox", ""]
+    for candidate in (model, shared_bert.to_stock(model)):
+        found = document_losses(candidate, tokenizer, texts, window=10, mlm_probability=0.5, seed=3, batch_size=2)
+        collator = MaskedLanguageModelingCollator(tokenizer, 0.5, seed=3)
+        for index, text in enumerate(texts):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            nats, tokens = 0.0, 0
+            for start in range(0, len(ids), 8):
+                row = np.array([tokenizer.cls_token_id, *ids[start : start + 8], tokenizer.sep_token_id])
+                row = {"input_ids": row, "document_ids": 0 * row, "index": index, "epoch": start}
+                batch = collator([row])
+                scores = log_probabilities(model, batch["input_ids"][0].tolist())
+                for place, label in enumerate(batch["labels"][0].tolist()):
+                    if label != -100:
+                        nats, tokens = nats - scores[place, label].item(), tokens + 1
+            assert found.tokens[index] == tokens
+            assert found.nats[index] == pytest.approx(nats, rel=1e-4)
+    assert len(tokenizer(texts[0])["input_ids"]) > 10  # more than one row
+    assert found.tokens[2] == 0
+    assert found.mean == pytest.approx(sum(found.nats) / sum(found.tokens))
+
+
 def test_more_context_is_not_worse_for_a_model_that_uses_it(models):
     model, tokenizer = models("gpt")
     whole = perplexity(model, tokenizer, [SENTENCES[2]])
@@ -156,6 +192,7 @@ def test_more_context_is_not_worse_for_a_model_that_uses_it(models):
             "stride=9 and window=8 must be in order",
         ),
         ("gpt", lambda m, t: perplexity(m, t, [""]), "the texts have no tokens"),
+        ("bert", lambda m, t: document_losses(m, t, ["", ""]), "the texts have no tokens"),
         (
             "bert",
             lambda m, t: sentence_scores(m, t, ["the fox " * 40]),

@@ -113,5 +113,5 @@ def test_bad_config_fields_are_named(tmp_path):
         config_fields(parse(tmp_path, config_name=str(tmp_path / "model.yaml"))[0])
     with pytest.raises(ValueError, match=r"'shared_gpt'.*shared_bert"):
         config_fields(parse(tmp_path, config_name=str(tmp_path / "model.yaml"), model_type="shared_gpt")[0])
-    with pytest.raises(ValueError, match="model_type='bert'"):
-        config_fields(parse(tmp_path, model_type="bert")[0])
+    with pytest.raises(ValueError, match="model_type='vit'"):
+        config_fields(parse(tmp_path, model_type="vit")[0])

@@ -1,0 +1,54 @@
+"""Compare models that are trained alike: python scripts/compare.py configs/comparisons/COMPARISON.yaml
+
+It prints what the comparison will cost, does the runs that have no record yet, and writes records, tables and plots to
+the comparison's results_dir. Runs that fail are listed, and tried again by the next call. Start it several times, or
+with `accelerate launch`, to do several runs at once: each process does one at a time, on a GPU of its own.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from shared_bert.command_line import reports_user_errors
+from shared_bert.evaluation.comparison import Comparison
+from shared_bert.evaluation.comparison_results import write_results
+from shared_bert.evaluation.comparison_runs import ComparisonRunner, check_records, cost_report, take_own_device
+
+
+@reports_user_errors
+def main(arguments: list[str]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path, nargs="+")
+    parser.add_argument("--output_dir", help="for models; else the file's")
+    parser.add_argument("--results_dir", help="for records, tables and plots; else the file's")
+    parser.add_argument("--cost", action="store_true", help="print what it will cost, and stop")
+    parser.add_argument(
+        "--redraw", action="store_true", help="write tables and plots from the records, and train nothing"
+    )
+    parser.add_argument("--may_differ", default="", help="what of older records may differ: commit, settings, variant")
+    parsed = parser.parse_args(arguments)
+    changes = {name: getattr(parsed, name) for name in ("output_dir", "results_dir") if getattr(parsed, name)}
+    failed = {}
+    for path in parsed.comparison:
+        comparison = Comparison(path, **changes)
+        if not parsed.redraw:
+            may_differ = parsed.may_differ.split(",")
+            check_records(comparison, may_differ)
+            print(cost_report(comparison), flush=True)
+            if parsed.cost:
+                continue
+            runner = ComparisonRunner(comparison, may_differ)
+            runner.run()
+            failed |= runner.failed
+        write_results(comparison)
+        print(f"tables and plots are in {comparison.results_dir}")
+    if failed:
+        raise ValueError(
+            f"{len(failed)} runs have no record; call again to retry them: "
+            + "; ".join(f"{name}: {error}" for name, error in failed.items())
+        )
+
+
+if __name__ == "__main__":
+    take_own_device()
+    sys.exit(main(sys.argv[1:]))

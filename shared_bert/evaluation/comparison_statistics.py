@@ -1,0 +1,156 @@
+"""What the records of a comparison measure, and how sure its differences are."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Record = dict[str, Any]
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number in every record.
+
+    Args:
+        key: what a claim calls it.
+        title: of a column.
+        value: returns it.
+        parts: returns what it is the mean of, where that is recorded: the sum of each document or paradigm, and its
+            size, [parts] both.
+        decimals: to print.
+        lower_is_better: whether it is a loss.
+    """
+
+    key: str
+    title: str
+    value: Callable[[Record], float]
+    parts: Callable[[Record], tuple[np.ndarray, np.ndarray]] | None = None
+    decimals: int = 1
+    lower_is_better: bool = False
+
+
+def measures_of(record: Record) -> list[Measure]:
+    """Return what a record, and so all of its comparison, measures."""
+    found = [
+        Measure(
+            f"loss:{name}",
+            f"loss on {name}",
+            lambda r, name=name: r["texts"][name]["loss"],
+            lambda r, name=name: tuple(
+                np.array(r["texts"][name][f"document_{what}"], float) for what in ("nats", "tokens")
+            ),
+            decimals=3,
+            lower_is_better=True,
+        )
+        for name in record.get("texts", {})
+    ]
+    if not found:
+        found.append(Measure("loss", "loss", lambda r: r["loss"], decimals=3, lower_is_better=True))
+    if "blimp" in record:
+        found.append(Measure("blimp", "BLiMP (%)", lambda r: 100 * r["blimp"]["accuracy"], _paradigms))
+    for task, result in record.get("glue", {}).items():
+        metric = result["metric"].replace("_", " ")
+        found.append(Measure(f"glue:{task}", f"{task} ({metric}, %)", lambda r, t=task: 100 * r["glue"][t]["score"]))
+    if len(record.get("glue", {})) > 1:
+        found.append(Measure("glue", "mean of the tasks (%)", _glue_mean))
+    if "noise" in record:
+        level = record["noise"][-1]["level"]
+        found.append(
+            Measure("noise", f"accuracy lost to {level:.0%} noise (points)", _noise_loss, lower_is_better=True)
+        )
+    return found
+
+
+def _paradigms(record: Record) -> tuple[np.ndarray, np.ndarray]:
+    accuracies = 100 * np.array([*record["blimp"]["by_paradigm"].values()])
+    return accuracies, np.ones_like(accuracies)
+
+
+def _glue_mean(record: Record) -> float:
+    return 100 * statistics.mean(result["score"] for result in record["glue"].values())
+
+
+def _noise_loss(record: Record) -> float:
+    return 100 * (record["noise"][0]["mean"] - record["noise"][-1]["mean"])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference of two variants over their common seeds, with 95 % intervals.
+
+    Args:
+        mean: of the first minus the second.
+        student: Student's interval over the seeds; None for a single seed.
+        bootstrap: of seeds and parts, drawn again together; None where no parts are recorded. With few seeds it is too
+            narrow, since they vary little when drawn again.
+    """
+
+    mean: float
+    student: tuple[float, float] | None
+    bootstrap: tuple[float, float] | None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The range of both intervals: what a verdict goes by."""
+        known = [interval for interval in (self.student, self.bootstrap) if interval is not None]
+        return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
+def difference(measure: Measure, mine: Sequence[Record], theirs: Sequence[Record]) -> Difference | None:
+    """Return how the records of one variant differ from another's, paired by seed; None without a common seed."""
+    by_seed = {record["seed"]: record for record in theirs}
+    pairs = [(record, by_seed[record["seed"]]) for record in mine if record["seed"] in by_seed]
+    if not pairs:
+        return None
+    values = [measure.value(a) - measure.value(b) for a, b in pairs]
+    mean, student, bootstrap = statistics.mean(values), None, None
+    if len(values) > 1:
+        error = statistics.stdev(values) / len(values) ** 0.5
+        half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+        student = (mean - half, mean + half)
+    if measure.parts is not None:
+        parts = [(measure.parts(a), measure.parts(b)) for a, b in pairs]
+        differences = np.stack([a - b for (a, _), (b, _) in parts])
+        bootstrap = bootstrap_interval(differences, parts[0][0][1])
+    return Difference(mean, student, bootstrap)
+
+
+def bootstrap_interval(differences: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a mean difference, when seeds and parts are both drawn again.
+
+    Args:
+        differences: of the sums of each part, [seeds, parts].
+        sizes: of the parts, [parts]; the mean is the sum of differences over that of sizes.
+    """
+    generator = np.random.default_rng(0)
+    num_seeds, num_parts = differences.shape
+
+    def drawn(count: int) -> np.ndarray:  # how often each is drawn, [RESAMPLES, count]
+        return generator.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+
+    seeds, parts = drawn(num_seeds) / num_seeds, drawn(num_parts)
+    means = ((seeds @ differences) * parts).sum(1) / (parts @ sizes)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def verdict(found: Difference | None, expected: str, within: float | None = None) -> str:
+    """Return whether a difference bears a claim out: "supported", "not supported" or "not decided at this scale".
+
+    Args:
+        expected: "lower", "higher" or "same" (to `within`).
+    """
+    if found is None or found.interval is None:
+        return "not decided at this scale"
+    low, high = found.interval
+    if expected == "same":
+        supported, refuted = -within < low and high < within, low > within or high < -within
+    else:
+        low, high = (low, high) if expected == "lower" else (-high, -low)
+        supported, refuted = high < 0, low > 0
+    return "supported" if supported else "not supported" if refuted else "not decided at this scale"
