@@ -191,7 +191,7 @@ class ComparisonRunner:
 
     def _attempt(self, run: Run, progress: tqdm) -> bool:
         """Do a run unless another process does or did; return whether it was done here."""
-        with _claim(_folder(self.comparison, run).with_suffix(".lock")) as is_mine:
+        with _claim(self.comparison.output_dir / "models" / f"{run.name}.lock") as is_mine:
             if not is_mine or self._is_done(run) or self._has_failed(run):
                 return False
             started = time.perf_counter()
