@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .comparison import Comparison
+from .comparison import TUNED, Comparison
 from .comparison_runs import record_path
 from .comparison_statistics import RESAMPLES, Difference, Measure, Record, difference, measures_of, verdict
 from .records import load_record
@@ -147,7 +147,7 @@ def _mean_and_deviation(measure: Measure, records: list[Record]) -> str:
 def _sweep_table(results: Results) -> str:
     """Return what the sweep has chosen for each variant, with a mark where that is the end of its range."""
     sweep = results.comparison.sweep
-    tuned = [name for name in sweep if name != "seed"]
+    tuned = [name for name in TUNED if name in sweep]
     rows = []
     for name, records in results.records.items():
         chosen = {option: records[0][option] for option in tuned}
