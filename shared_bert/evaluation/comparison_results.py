@@ -237,7 +237,7 @@ def draw_curves(results: Results, path: Path):
         _tidy(axes)
     figure.supxlabel("tokens (millions)", fontsize="medium")
     figure.supylabel("evaluation loss (nats)", fontsize="medium")
-    _legend(figure)
+    _legend(figure, "outside upper center")
     _save(figure, path)
 
 
@@ -247,11 +247,11 @@ def _mean_curve(records: list[Record]) -> tuple[list[float], list[float]]:
     return [x for x, _ in means], [y for _, y in means]
 
 
-def _legend(figure: Figure, columns: int = 3):
+def _legend(figure: Figure, place: str, columns: int = 3):
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False)
 
 
 def draw_pareto(results: Results, path: Path):
@@ -280,7 +280,7 @@ def draw_pareto(results: Results, path: Path):
         axes.set_xlabel(label)
         _tidy(axes)
     figure.axes[0].set_ylabel(f"{measure.title} (nats)")
-    _legend(figure, columns=5)
+    _legend(figure, "outside lower center", columns=5)
     _save(figure, path)
 
 
