@@ -12,7 +12,7 @@ from pathlib import Path
 from shared_bert.command_line import reports_user_errors
 from shared_bert.evaluation.comparison import Comparison
 from shared_bert.evaluation.comparison_results import write_results
-from shared_bert.evaluation.comparison_runs import ComparisonRunner, check_records, cost_report, take_own_device
+from shared_bert.evaluation.comparison_runs import ComparisonRunner, cost_report, take_own_device
 
 
 @reports_user_errors
@@ -33,11 +33,10 @@ def main(arguments: list[str]):
         comparison = Comparison(path, **changes)
         if not parsed.redraw:
             may_differ = parsed.may_differ.split(",")
-            check_records(comparison, may_differ)
+            runner = ComparisonRunner(comparison, may_differ)
             print(cost_report(comparison), flush=True)
             if parsed.cost:
                 continue
-            runner = ComparisonRunner(comparison, may_differ)
             runner.run()
             failed |= runner.failed
         write_results(comparison)

@@ -8,14 +8,13 @@ from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
-from shared_bert.conversion.families import FAMILIES
 from shared_bert.data.images import Images
 from shared_bert.data.tasks import GLUE
 from shared_bert.evaluation.classification import GlueArguments, TaskArguments
 from shared_bert.evaluation.image_classification import ImageArguments, ImageTrainingArguments
 from shared_bert.evaluation.squad import SquadArguments
 from shared_bert.training import FinetuningArguments, ModelArguments, parse_recipe
-from shared_bert.training.models import config_fields, make_model
+from shared_bert.training.models import config_fields, make_model, pretraining_objective
 from shared_bert.training.recipe import parse_arguments
 from shared_bert.training.yaml_files import load_mapping
 
@@ -36,7 +35,7 @@ def build(model_args):
 
 @pytest.mark.parametrize("path", files("models"))
 def test_models_build(path):
-    if load_mapping(path)["model_type"] in FAMILIES:
+    if pretraining_objective(load_mapping(path)["model_type"]):
         build(ModelArguments(config_name=str(path), tokenizer_vocab_size=1000))
     else:
         images = Images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))

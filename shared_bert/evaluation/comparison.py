@@ -141,7 +141,7 @@ class Run:
 
 
 class Comparison:
-    """A comparison, read and checked: nothing is written, and no text is read.
+    """A comparison, read and checked: nothing is written, and no text is read or needed.
 
     Args:
         path: a YAML file.
@@ -149,7 +149,7 @@ class Comparison:
 
     Raises:
         ValueError: an unknown key; no variants, or two of one name; a model that cannot be made; a narrower model that
-            cannot be found; invalid options, or files that are not there.
+            cannot be found, or invalid options.
     """
 
     def __init__(self, path: str | Path, **changes):
@@ -245,6 +245,17 @@ class Comparison:
             for variant in self.variants
         ]
         return swept + [Run(variant, seed) for seed in self.seeds for variant in self.variants]
+
+    def check_files(self):
+        """Raise a ValueError if a file or folder that the evaluation reads is not there."""
+        files = [*self.evaluation.get("texts", {}).get("files", {}).values()]
+        files += [self.evaluation["blimp"]["pairs"]] if "blimp" in self.evaluation else []
+        for name in files:
+            if not Path(name).is_file():
+                raise ValueError(f"{self.path}: evaluation: {name} is not a file")
+        folder = self.evaluation.get("glue", {}).get("data_dir")
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"{self.path}: evaluation: data_dir={folder} is not a folder")
 
     def _parse(self, changes: dict[str, Any]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
         options = {**self.training, "model_type": "shared_bert", "output_dir": str(self.output_dir), **changes}
@@ -362,18 +373,11 @@ class Comparison:
         for kind, options in self.evaluation.items():
             if _EVALUATIONS[kind] is not None:
                 check_keys(options, _EVALUATIONS[kind], f"{self.path}: evaluation: {kind}")
-        files = [*self.evaluation.get("texts", {}).get("files", {}).values()]
-        files += [self.evaluation["blimp"]["pairs"]] if "blimp" in self.evaluation else []
-        for name in files:
-            if not Path(name).is_file():
-                raise ValueError(f"{self.path}: evaluation: {name} is not a file")
         glue = self.evaluation.get("glue", {})
         if glue:
             tasks = GlueArguments(
                 model="", **{k: v for k, v in glue.items() if k in GlueArguments.__dataclass_fields__}
             )
-            if tasks.data_dir and not Path(tasks.data_dir).is_dir():
-                raise ValueError(f"{self.path}: evaluation: data_dir={tasks.data_dir} is not a folder")
         if noise := self.evaluation.get("noise"):
             if noise["task"] not in str(glue.get("tasks", "")).split(","):
                 raise ValueError(f"{self.path}: evaluation: noise needs task={noise['task']} among the tasks of glue")

@@ -141,6 +141,7 @@ class ComparisonRunner:
     """
 
     def __init__(self, comparison: Comparison, may_differ: Collection[str] = ()):
+        comparison.check_files()
         check_records(comparison, may_differ)
         self.comparison = comparison
         self.runs = comparison.runs()

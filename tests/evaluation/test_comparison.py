@@ -384,7 +384,6 @@ def test_each_reduced_variant_has_a_narrower_one(tmp_path):
         ({"sweep": {"learning_rat": [1]}}, "sweep: .*'learning_rat'"),
         ({"sweep": {"learning_rate": ["fast"]}}, "learning_rate=.*must be numbers"),
         ({"evaluation": {"blim": {}}}, "evaluation: .*'blim'"),
-        ({"evaluation": {"blimp": {"pairs": "absent.parquet"}}}, "absent.parquet is not a file"),
         ({"evaluation": {"glue": {"tasks": "sst3"}}}, "sst3"),
         ({"evaluation": {"noise": {"task": "sst2"}}}, "noise needs task=sst2"),
         ({"claims": [{"claim": "a"}]}, "claims: .*lacks source"),
@@ -395,6 +394,21 @@ def test_bad_comparisons_are_named(tmp_path, changes, message):
     path = write(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         Comparison(path)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"blimp": {"pairs": "absent.parquet"}}, "absent.parquet is not a file"),
+        ({"texts": {"files": {"a": "absent.txt"}}}, "absent.txt is not a file"),
+        ({"glue": {"tasks": "sst2", "data_dir": "absent"}}, "data_dir=absent is not a folder"),
+    ],
+)
+def test_files_that_are_not_there_are_named_before_training(tmp_path, evaluation, message):
+    comparison = Comparison(write(tmp_path, evaluation=evaluation))
+    with pytest.raises(ValueError, match=message):
+        ComparisonRunner(comparison)
     assert not (tmp_path / "runs").exists()
 
 
