@@ -12,7 +12,7 @@ from pathlib import Path
 from shared_bert.command_line import reports_user_errors
 from shared_bert.evaluation.comparison import Comparison
 from shared_bert.evaluation.comparison_results import write_results
-from shared_bert.evaluation.comparison_runs import ComparisonRunner, cost_report, take_own_device
+from shared_bert.evaluation.comparison_runs import ComparisonRunner, cost_report, measure_speed, take_own_device
 
 
 @reports_user_errors
@@ -23,6 +23,9 @@ def main(arguments: list[str]):
     parser.add_argument("--results_dir", help="for records, tables and plots; else the file's")
     parser.add_argument("--cost", action="store_true", help="print what it will cost, and stop")
     parser.add_argument(
+        "--speed", action="store_true", help="measure steps of all variants in turns, on an idle machine"
+    )
+    parser.add_argument(
         "--redraw", action="store_true", help="write tables and plots from the records, and train nothing"
     )
     parser.add_argument("--may_differ", default="", help="what of older records may differ: commit, settings, variant")
@@ -31,7 +34,9 @@ def main(arguments: list[str]):
     failed = {}
     for path in parsed.comparison:
         comparison = Comparison(path, **changes)
-        if not parsed.redraw:
+        if parsed.speed:
+            measure_speed(comparison)
+        elif not parsed.redraw:
             may_differ = parsed.may_differ.split(",")
             runner = ComparisonRunner(comparison, may_differ)
             print(cost_report(comparison), flush=True)

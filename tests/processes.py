@@ -50,13 +50,18 @@ def wait(process, log: Path, timeout: int = 120) -> int:
 
 
 def run_python(
-    *command, environment: dict[str, str] | None = None, cwd: Path | None = None, processes: int = 1
+    *command,
+    environment: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    processes: int = 1,
+    timeout: int = 120,
 ) -> subprocess.CompletedProcess:
     """Run `python *command`: a script and its arguments, or "-c", code and its arguments.
 
     Args:
         environment: all of it; that of this process by default.
         processes: of torch.distributed, as `torchrun --nproc_per_node` starts them.
+        timeout: seconds after which it counts as hanging.
 
     Returns:
         The status of the first process that failed, if any, and the output of all.
@@ -70,7 +75,7 @@ def run_python(
             start(interpret, command, log=log, environment={**environment, **told[rank]}, cwd=cwd)
             for rank, log in enumerate(logs)
         ]
-        statuses = [wait(process, log) for process, log in zip(started, logs, strict=True)]
+        statuses = [wait(process, log, timeout) for process, log in zip(started, logs, strict=True)]
         stdout = "".join(log.with_name(f"{log.name}.stdout").read_text() for log in logs)
         stderr = "".join(log.read_text() for log in logs)
     return subprocess.CompletedProcess(command, next(filter(None, statuses), 0), stdout, stderr)

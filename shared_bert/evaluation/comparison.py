@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..data import load_tokenizer
 from ..data.tasks import glue_task
-from ..training.arguments import DataArguments, ModelArguments, PretrainingArguments
+from ..training.arguments import DataArguments, FinetuningArguments, ModelArguments, PretrainingArguments
 from ..training.models import config_fields, make_model, pretraining_objective
 from ..training.pretraining import padded_vocab_size
 from ..training.recipe import parse_mapping
@@ -246,6 +246,17 @@ class Comparison:
         ]
         return swept + [Run(variant, seed) for seed in self.seeds for variant in self.variants]
 
+    def finetuning(self, model: str, seed: int) -> tuple[GlueArguments, FinetuningArguments]:
+        """Return the arguments of fine-tuning a model on the tasks of the evaluation.
+
+        Args:
+            model: its folder, in which the results go to "glue".
+        """
+        stated = {"report_to": "none", "use_cpu": self.arguments[2].use_cpu, **self.evaluation["glue"]}
+        stated |= {"output_dir": f"{model}/glue", "seeds": str(seed)}
+        where = f"{self.path}: evaluation: glue"
+        return parse_mapping(stated, (GlueArguments, FinetuningArguments), where, ["--model", model])
+
     def check_files(self):
         """Raise a ValueError if a file or folder that the evaluation reads is not there."""
         files = [*self.evaluation.get("texts", {}).get("files", {}).values()]
@@ -375,9 +386,7 @@ class Comparison:
                 check_keys(options, _EVALUATIONS[kind], f"{self.path}: evaluation: {kind}")
         glue = self.evaluation.get("glue", {})
         if glue:
-            tasks = GlueArguments(
-                model="", **{k: v for k, v in glue.items() if k in GlueArguments.__dataclass_fields__}
-            )
+            self.finetuning("any", 0)
         if noise := self.evaluation.get("noise"):
             if noise["task"] not in str(glue.get("tasks", "")).split(","):
                 raise ValueError(f"{self.path}: evaluation: noise needs task={noise['task']} among the tasks of glue")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .comparison import TUNED, Comparison
-from .comparison_runs import record_path
+from .comparison_runs import record_path, speed_path
 from .comparison_statistics import RESAMPLES, Difference, Measure, Record, difference, measures_of, verdict
 from .records import load_record
 
@@ -42,6 +42,9 @@ class Results:
         order = [variant.name for variant in comparison.variants]
         self.records = {name: self.records[name] for name in order if name in self.records}
         self.measures = measures_of(self.every[0])
+        path = speed_path(comparison)
+        # Of all variants in turns, if that was measured; else as fast as each run was.
+        self.speed = load_record(path, ("tokens_per_second", "hardware", "commit")) if path.exists() else None
 
     @property
     def every(self) -> list[Record]:
@@ -49,6 +52,11 @@ class Results:
 
     def mean(self, name: str, value) -> float:
         return statistics.mean(map(value, self.records[name]))
+
+    def tokens_per_second(self, name: str) -> float:
+        if self.speed is not None and name in self.speed["tokens_per_second"]:
+            return self.speed["tokens_per_second"][name]
+        return self.mean(name, lambda record: record["tokens_per_second"])
 
     def difference(self, measure: Measure, name: str, other: str | None) -> Difference | None:
         """Return how a variant differs from another; None where one has no records."""
@@ -77,7 +85,8 @@ def report(results: Results) -> str:
     parts = [
         f"# {comparison.path.stem}\n",
         _provenance(results),
-        "Mean ± standard deviation over the seeds. *Kept* counts parameters outside the embeddings.\n",
+        "Mean ± standard deviation over the seeds. *Kept* counts parameters outside the embeddings.",
+        f"{_speed(results)}\n",
         score_table(results),
     ]
     if comparison.sweep:
@@ -120,6 +129,16 @@ def _provenance(results: Results) -> str:
     )
 
 
+def _speed(results: Results) -> str:
+    if results.speed is None:
+        return "Speed is that of the runs, which may have shared their machine."
+    speed = results.speed
+    return (
+        f"Speed is that of training steps of all variants in turns, medians of {speed['rounds']}: {speed['hardware']}, "
+        f"threads {speed['threads']}, commit {speed['commit']}."
+    )
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
@@ -131,7 +150,7 @@ def score_table(results: Results) -> str:
     rows = []
     for name, records in results.records.items():
         first = records[0]
-        speed = results.mean(name, lambda record: record["tokens_per_second"])
+        speed = results.tokens_per_second(name)
         cells = [f"`{name}`", f"{first['non_embedding']:,}", f"{first['non_embedding'] / whole:.1%}", f"{speed:,.0f}"]
         rows.append(cells + [_mean_and_deviation(measure, records) for measure in results.measures])
     header = ["variant", "parameters", "kept", "tokens/s", *(measure.title for measure in results.measures)]
@@ -265,7 +284,7 @@ def draw_pareto(results: Results, path: Path):
             name: records[0]["non_embedding"] / 1e6 for name, records in results.records.items()
         },
         "time of training (minutes, of one process)": {
-            name: records[0]["tokens"] / results.mean(name, lambda r: r["tokens_per_second"]) / 60
+            name: records[0]["tokens"] / results.tokens_per_second(name) / 60
             for name, records in results.records.items()
         },
     }

@@ -27,13 +27,11 @@ from ..data import load_documents, load_tokenizer
 from ..data.tasks import glue_task, load_glue
 from ..folders import load_any_model
 from ..modeling.losses import IGNORED
-from ..training.arguments import FinetuningArguments
 from ..training.pretraining import pretrain, train_tokenizer_for
-from ..training.recipe import parse_mapping
 from ..training.text import read_documents
-from .classification import GlueArguments, run_classification
-from .comparison import Comparison, Run, non_embedding
-from .efficiency import environment
+from .classification import run_classification
+from .comparison import Comparison, Run, Variant, non_embedding
+from .efficiency import environment, take_turns
 from .likelihood import blimp_accuracy, document_losses
 from .records import load_record, save_record
 from .robustness import NOISE_LEVELS, noise_accuracy
@@ -63,25 +61,51 @@ def cost_report(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _measured_speed(comparison: Comparison) -> float:
-    """Return the FLOP/s of training steps of the first variant on random tokens."""
-    _, data_args, training_args = comparison.arguments
-    variant, device = comparison.variants[0], training_args.device
-    model = variant.new_model().to(device).train()
-    shape = training_args.per_device_train_batch_size, data_args.block_size
-    input_ids = torch.randint(comparison.model["vocab_size"], shape, device=device)
-    labels = input_ids
-    if comparison.objective == "mlm":
-        labels = torch.where(torch.rand(shape, device=device) < data_args.mlm_probability, input_ids, IGNORED)
-    seconds = []
-    for _ in range(4):  # the first allocates
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=training_args.bf16):
-            loss = model(input_ids, labels=labels).loss
+class _Step:
+    """A variant with its optimizer and a batch of random tokens; a call does one step of training."""
+
+    def __init__(self, comparison: Comparison, variant: Variant):
+        _, data_args, training_args = comparison.arguments
+        self.device, self.bf16 = training_args.device, training_args.bf16
+        self.model = variant.new_model().to(self.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        shape = training_args.per_device_train_batch_size, data_args.block_size
+        self.input_ids = torch.randint(comparison.model["vocab_size"], shape, device=self.device)
+        self.labels = self.input_ids
+        if comparison.objective == "mlm":
+            predicted = torch.rand(shape, device=self.device) < data_args.mlm_probability
+            self.labels = torch.where(predicted, self.input_ids, IGNORED)
+
+    def __call__(self):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.model(self.input_ids, labels=self.labels).loss
         loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         loss.item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 3 * comparison.costs[variant.name].forward_flops * input_ids.numel() / statistics.median(seconds[1:])
+
+
+def _measured_speed(comparison: Comparison) -> float:
+    """Return the FLOP/s of training steps of the first variant."""
+    variant = comparison.variants[0]
+    step = _Step(comparison, variant)
+    seconds = statistics.median(take_turns({"": step}, rounds=3, warmup=1)[""])
+    return 3 * comparison.costs[variant.name].forward_flops * step.input_ids.numel() / seconds
+
+
+def measure_speed(comparison: Comparison, rounds: int = 15):
+    """Measure the training steps of all variants in turns, and write `speed.json` into `results_dir`."""
+    steps = {variant.name: _Step(comparison, variant) for variant in comparison.variants}
+    seconds = take_turns(steps, rounds, warmup=2)
+    tokens = {name: step.input_ids.numel() for name, step in steps.items()}
+    speed = {name: round(tokens[name] / statistics.median(times)) for name, times in seconds.items()}
+    comparison.results_dir.mkdir(parents=True, exist_ok=True)
+    device = comparison.arguments[2].device.type
+    save_record(speed_path(comparison), {"tokens_per_second": speed, "rounds": rounds, **environment(device)})
+
+
+def speed_path(comparison: Comparison) -> Path:
+    return comparison.results_dir / "speed.json"
 
 
 def take_own_device():
@@ -307,7 +331,7 @@ def evaluate_run(comparison: Comparison, folder: Path, seed: int) -> dict[str, A
         found["blimp"] = _blimp(model, tokenizer, blimp)
     del model
     if glue := kinds.get("glue"):
-        found["glue"] = _glue(folder, glue, seed, comparison.arguments[2].use_cpu)
+        found["glue"] = _glue(comparison, folder, seed)
     if noise := kinds.get("noise"):
         found["noise"] = _noise(folder / "glue" / noise["task"] / f"seed-{seed}", noise, glue.get("data_dir"))
     return found
@@ -341,18 +365,8 @@ def _blimp(model, tokenizer, options: dict[str, Any]) -> dict[str, Any]:
     return {**results["overall"], "by_paradigm": results["by_paradigm"]}
 
 
-def _glue(folder: Path, options: dict[str, Any], seed: int, use_cpu: bool) -> dict[str, Any]:
-    stated = {
-        "report_to": "none",
-        "use_cpu": use_cpu,
-        **options,
-        "output_dir": str(folder / "glue"),
-        "seeds": str(seed),
-    }
-    arguments = parse_mapping(
-        stated, (GlueArguments, FinetuningArguments), "evaluation: glue", ["--model", str(folder)]
-    )
-    records = run_classification(*arguments)
+def _glue(comparison: Comparison, folder: Path, seed: int) -> dict[str, Any]:
+    records = run_classification(*comparison.finetuning(str(folder), seed))
     return {record["task"]: {name: record[name] for name in ("metric", "score", "metrics")} for record in records}
 
 

@@ -170,6 +170,18 @@ def test_records_alone_make_the_same_files(finished, tmp_path):
     assert {name: (tmp_path / name).read_bytes() for name in files} == before
 
 
+def test_speed_is_measured_in_turns(finished, tmp_path):
+    folder, results = finished
+    (tmp_path / "records").symlink_to(folder / "results" / "records")
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main([str(folder / "small.yaml"), "--results_dir", str(tmp_path), "--speed"]) == 0
+    speed = json.loads((tmp_path / "speed.json").read_text())["tokens_per_second"]
+    assert speed.keys() == results.records.keys()
+    text = (tmp_path / "results.md").read_text()
+    assert "in turns" in text
+    assert f"| {speed['shared']:,} |" in text
+
+
 def test_finished_runs_are_not_done_again(finished, monkeypatch):
     folder, _ = finished
     monkeypatch.setattr(PretrainingTrainer, "train", lambda *_, **__: pytest.fail("it trains again"))
@@ -274,7 +286,7 @@ def test_processes_share_the_runs(tmp_path):
 def test_the_recipe_in_the_repository_runs_from_nothing_to_its_tables(tmp_path):
     recipe = ROOT / "configs" / "comparisons" / "tiny.yaml"
     options = ["--output_dir", tmp_path / "runs", "--results_dir", tmp_path / "results"]
-    done = run_process(SCRIPT, recipe, *options)
+    done = run_process(SCRIPT, recipe, *options, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "hours of one process" in done.stdout
     assert "narrower standard model" in (tmp_path / "results" / "results.md").read_text()

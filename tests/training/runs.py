@@ -63,9 +63,10 @@ def write_recipe(folder: Path, **changes) -> Path:
     return path
 
 
-def run(*command, processes: int = 1, **environment) -> subprocess.CompletedProcess:
+def run(*command, processes: int = 1, timeout: int = 120, **environment) -> subprocess.CompletedProcess:
     """Run `python *command` in processes of their own, with an empty cache."""
-    return run_python(*command, environment={**os.environ, "HF_HUB_OFFLINE": "1", **environment}, processes=processes)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    return run_python(*command, environment=environment, processes=processes, timeout=timeout)
 
 
 def losses(output_dir: Path) -> dict[int, float]:
