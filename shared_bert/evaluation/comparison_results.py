@@ -134,8 +134,8 @@ def _speed(results: Results) -> str:
         return "Speed is that of the runs, which may have shared their machine."
     speed = results.speed
     return (
-        f"Speed is that of training steps of all variants in turns, medians of {speed['rounds']}: {speed['hardware']}, "
-        f"threads {speed['threads']}, commit {speed['commit']}."
+        f"Speed is that of training steps of all variants in turns, medians of {speed['rounds']}: "
+        f"{speed['hardware']}, threads {speed['threads']}, commit {speed['commit']}."
     )
 
 
