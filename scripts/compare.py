@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shared_bert.command_line import reports_user_errors
 from shared_bert.evaluation.comparison import Comparison
-from shared_bert.evaluation.comparison_results import write_results
+from shared_bert.evaluation.comparison_results import write_findings, write_results
 from shared_bert.evaluation.comparison_runs import ComparisonRunner, cost_report, measure_speed, take_own_device
 
 
@@ -28,12 +28,13 @@ def main(arguments: list[str]):
     parser.add_argument(
         "--redraw", action="store_true", help="write tables and plots from the records, and train nothing"
     )
+    parser.add_argument("--findings", type=Path, help="a page that is written with the claims of all comparisons")
     parser.add_argument("--may_differ", default="", help="what of older records may differ: commit, settings, variant")
     parsed = parser.parse_args(arguments)
     changes = {name: getattr(parsed, name) for name in ("output_dir", "results_dir") if getattr(parsed, name)}
     failed = {}
-    for path in parsed.comparison:
-        comparison = Comparison(path, **changes)
+    comparisons = [Comparison(path, **changes) for path in parsed.comparison]
+    for comparison in comparisons:
         if parsed.speed:
             measure_speed(comparison)
         elif not parsed.redraw:
@@ -46,6 +47,8 @@ def main(arguments: list[str]):
             failed |= runner.failed
         write_results(comparison)
         print(f"tables and plots are in {comparison.results_dir}")
+    if parsed.findings:
+        write_findings(comparisons, parsed.findings)
     if failed:
         raise ValueError(
             f"{len(failed)} runs have no record; call again to retry them: "

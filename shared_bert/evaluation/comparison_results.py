@@ -1,6 +1,7 @@
 """Tables and plots of a comparison, made of its records alone."""
 
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from itertools import groupby
@@ -18,6 +19,15 @@ from .records import load_record
 
 _NEEDED = ("name", "seed", "is_narrow", "narrow", "non_embedding", "tokens", "tokens_per_second", "curve", "loss")
 _MARKERS, _COLORS = "osD^v<>pPX*hd", 10
+
+
+_FINDINGS = """\
+Each claim is held against a difference that was measured here, with its 95 % intervals: of the paired bootstrap over
+seeds and documents (or paradigms), where there are any, and Student's over the seeds. It is *supported* if both lie
+where the claim says, *not supported* if both lie where it denies, and else *not decided at this scale*. The models are
+small and have read little: nothing here is about larger ones. A claim of no difference names the margin that counts as
+none.
+"""
 
 
 class Results:
@@ -77,6 +87,21 @@ def write_results(comparison: Comparison):
     draw_pareto(results, folder / "pareto.png")
     draw_differences(results, folder / "differences.png")
     (folder / "results.md").write_text(report(results))
+
+
+def write_findings(comparisons: Sequence[Comparison], path: Path):
+    """Write what all comparisons say of their claims to one page.
+
+    Raises:
+        ValueError: see `Results`.
+    """
+    parts = ["# Do the claims hold?\n", _FINDINGS]
+    for results in map(Results, comparisons):
+        name = results.comparison.path.stem
+        link = os.path.relpath(results.comparison.results_dir / "results.md", path.parent)
+        parts += [f"## {name.capitalize()}\n", f"All numbers: [{link}]({link}).\n", _provenance(results)]
+        parts += [claim_table(results)]
+    path.write_text("\n".join(parts))
 
 
 def report(results: Results) -> str:
@@ -206,9 +231,10 @@ def claim_table(results: Results) -> str:
         for name in claim.of:
             against = results.comparison.narrow_of[name] if claim.against == "narrow" else claim.against
             found = results.difference(measure, name, against)
+            margin = f", to within {claim.within:g}" if claim.within is not None else ""
             rows.append(
                 [
-                    f"{claim.claim} ({claim.source})",
+                    f"{claim.claim}{margin} ({claim.source})",
                     f"{measure.title}: `{name}` − `{against}`",
                     format_difference(found, measure),
                     f"**{verdict(found, claim.expected, claim.within)}**",

@@ -170,6 +170,18 @@ def test_records_alone_make_the_same_files(finished, tmp_path):
     assert {name: (tmp_path / name).read_bytes() for name in files} == before
 
 
+def test_findings_are_the_claims_of_all_comparisons(finished, tmp_path):
+    folder, _ = finished
+    main = runpy.run_path(str(SCRIPT))["main"]
+    findings = tmp_path / "findings.md"
+    assert main([str(folder / "small.yaml"), "--redraw", "--findings", str(findings)]) == 0
+    text = findings.read_text()
+    assert "`shared` − `standard`" in text
+    assert "`shared` − `narrow_28x57`" in text
+    assert "**not decided at this scale**" in text
+    assert "results.md" in text
+
+
 def test_speed_is_measured_in_turns(finished, tmp_path):
     folder, results = finished
     (tmp_path / "records").symlink_to(folder / "results" / "records")
