@@ -167,6 +167,8 @@ def _check_arguments(
     most = getattr(config, "max_position_embeddings", math.inf)
     if data_args.block_size > most:
         raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")
+    if model_args.sharing:
+        make_model(config, sharing=model_args.sharing)  # what it cannot share should be known now
     trained_size = model_args.tokenizer_vocab_size
     if trained_size and trained_size > stated.get("vocab_size", math.inf):
         raise ValueError(

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+    TrainerCallback,
+)
 
 from shared_bert import SharedBertForSequenceClassification
 from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain
@@ -61,6 +68,30 @@ def test_a_run_learns_and_saves(tmp_path, capsys, model_type, auto_class):
     assert getattr(model.config, "use_cache", None) == {"shared_bert": None, "shared_gpt": True}[model_type]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sharing", "kept"),
+    [
+        ("llama", {"depth_sharing": "masa", "num_atoms": 1}, {"depth_sharing": "masa", "num_atoms": 1}),
+        ("bert", "attention_scheme=shared", {"attention_scheme": "shared"}),
+        ("bert", None, None),
+    ],
+)
+def test_an_architecture_of_transformers_learns_and_shares(tmp_path, capsys, model_type, sharing, kept):
+    fields = {**SHAPE, "num_key_value_heads": 2} if model_type == "llama" else SHAPE
+    options = {"model_type": model_type, "config_overrides": fields, "sharing": sharing, "separate_documents": False}
+    metrics = run_here(tmp_path, **options, max_steps=60, learning_rate=1e-2)
+    curve = json.loads((tmp_path / "run" / "loss_curve.json").read_text())
+    assert metrics["eval_loss"] < curve["unigram_entropy"]
+    cls = LlamaForCausalLM if model_type == "llama" else BertForMaskedLM
+    model, info = cls.from_pretrained(tmp_path / "run", output_loading_info=True)
+    assert not info["missing_keys"]
+    record = getattr(model.config, "quantization_config", None)
+    assert (record is None) == (kept is None)
+    for name, value in (kept or {}).items():
+        assert getattr(record, name) == value
+    assert (kept or {"attention_scheme": "stock"}).get("attention_scheme", "standard") in capsys.readouterr().out
+
+
 def test_a_trained_model_goes_on(tmp_path):
     run_here(tmp_path, max_steps=40, learning_rate=1e-2)
     first = json.loads((tmp_path / "run" / "loss_curve.json").read_text())["train"]
@@ -94,6 +125,9 @@ def test_streaming_goes_round_a_short_text(tmp_path):
         ({"block_size": 33}, "block_size=33.*max_position_embeddings=32"),
         ({"config_overrides": {**SHAPE, "vocab_size": 200}}, "tokenizer_vocab_size=320.*200"),
         ({"resume_from_checkpoint": "true"}, "no whole checkpoint"),
+        ({"model_type": "bert"}, "a bert attends across the documents.*separate_documents=false"),
+        ({"sharing": "depth_sharing=masa"}, "sharing is for a model of transformers: a shared_bert has config fields"),
+        ({"model_type": "bert", "separate_documents": False, "sharing": {"depth_sharing": "masa"}}, "needs num_atoms"),
     ],
 )
 def test_bad_arguments_cost_nothing(tmp_path, changes, message):

@@ -73,6 +73,7 @@ def test_everything_can_stand_on_the_command_line(tmp_path):
         ([], {"tokenizer_vocab_size": None}, "tokenizer_name"),
         ([], {"tokenizer_name": "bert"}, "tokenizer_name='bert'.*tokenizer_vocab_size=320"),
         ([], {"model_name_or_path": "bert"}, "model_name_or_path='bert'"),
+        (["--model_name_or_path", "bert", "--sharing", "rank=2"], {}, "sharing is for a new model"),
         ([], {"config_name": "missing.yaml"}, "config_name='missing.yaml'"),
         ([], {"mlm_probability": 15}, "mlm_probability=15"),
         (["--overwrite_output_dir", "--resume_from_checkpoint", "true"], {}, "overwrite_output_dir"),
