@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..data import load_tokenizer
 from ..data.tasks import glue_task
+from ..injection.sharing_config import sharing_record
 from ..training.arguments import DataArguments, FinetuningArguments, ModelArguments, PretrainingArguments
 from ..training.models import config_fields, make_model, pretraining_objective
 from ..training.pretraining import padded_vocab_size
@@ -31,6 +32,10 @@ _OF_TOKENIZER = ("tokenizer_name", "tokenizer_vocab_size", "tokenizer_lowercase"
 # What a comparison says otherwise, or does not have: its runs are short.
 _NOT_OF_A_COMPARISON = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "streaming", "push_to_hub",
+}  # fmt: skip
+# The same for all variants, so that they read as many tokens in the same order.
+_EQUAL = {
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "data_seed",
 }  # fmt: skip
 _DEFAULTS = {
     "eval_strategy": "steps",
@@ -72,6 +77,14 @@ class Variant:
     def identity(self) -> dict[str, Any]:
         """What a record of this variant must agree in."""
         return {"model": self.model, "sharing": self.sharing, "training": self.training}
+
+    @property
+    def shares(self) -> bool:
+        """Whether its attention is not the standard one, or its layers share."""
+        config = self.new_model().config
+        record = sharing_record(config) or config  # a config of transformers has neither field
+        found = getattr(record, "attention_scheme", "standard"), getattr(record, "depth_sharing", "none")
+        return found != ("standard", "none")
 
     def new_model(self) -> PreTrainedModel:
         """Return the model with random weights.
@@ -298,7 +311,8 @@ class Comparison:
         if not re.fullmatch(r"[\w.+-]+", name):
             raise ValueError(f"{self.path}: variants: name={name!r} must be letters, digits, _, -, . and +")
         training = stated.pop("training", None) or {}
-        check_keys(training, {f.name for f in fields(PretrainingArguments)}, f"variant {name}: training")
+        valid = {f.name for f in fields(PretrainingArguments)} - _NOT_OF_A_COMPARISON - _EQUAL
+        check_keys(training, valid, f"variant {name}: training")
         sharing, published = stated.pop("sharing", None) or {}, stated.pop("published", "")
         self._parse(training)
         return Variant(name, {**self.model, **stated}, {**self.sharing, **sharing}, training, published)
@@ -311,8 +325,7 @@ class Comparison:
     def _add_narrower(self):
         standard = next(variant for variant in self.variants if variant.name == self.baseline)
         whole = non_embedding(self.costs[self.baseline])
-        scheme, depth = (standard.model.get(name) for name in ("attention_scheme", "depth_sharing"))
-        if standard.sharing or scheme not in ("standard", None) or depth not in ("none", None):
+        if standard.shares:
             raise ValueError(
                 f"{self.path}: the baseline {self.baseline} shares weights itself: choose a standard one for narrower "
                 "models, or give narrow: false"

@@ -393,7 +393,9 @@ def test_each_reduced_variant_has_a_narrower_one(tmp_path):
         ),
         ({"variants": [{"name": "a", "attention_scheme": "shard"}]}, "variant a: .*shard"),
         ({"variants": [{"name": "a", "training": {"block_size": 8}}]}, "variant a: training: .*'block_size'"),
+        ({"variants": [{"name": "a", "training": {"max_steps": 8}}]}, "variant a: training: .*'max_steps'"),
         ({"variants": VARIANTS[1:]}, "the baseline shared shares weights itself"),
+        ({"variants": [{"name": "a", "attention_scheme": "shared_kv"}]}, "the baseline a shares weights itself"),
         ({"baseline": "b"}, "baseline='b' is none of"),
         (
             {"model": {**MODEL, "hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 1}},

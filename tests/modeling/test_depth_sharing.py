@@ -375,6 +375,7 @@ def test_gradient_checkpointing_changes_nothing(kind, way, matrices, use_reentra
         torch.testing.assert_close(again[name], plain[name])
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(kind, way, input_ids):
     model = make(kind, depth_shared_matrices="qkvo", **way).train()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)

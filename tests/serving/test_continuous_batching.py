@@ -6,6 +6,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from shared_bert import SharedGptForCausalLM
 
+from ..conftest import ATTENTION
 from ..ecosystem.conftest import random_model
 
 ROWS = [[5, 6, 7, 8, 9, 11], [9, 3, 2], [4] * 9]
@@ -16,22 +17,26 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_toke
 PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_it_writes_what_generate_writes(attention, implementation):
-    model = random_model("gpt", initializer_range=0.3, **attention)
+# Fewer tokens in a batch than the prompts have, so that they are read in parts.
+PAGED = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=8, **{PAGE_SIZE: 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"), [*((name, "sdpa") for name in ATTENTION), ("pairwise", "eager"), ("masa", "eager")]
+)
+def test_it_writes_what_generate_writes(name, implementation):
+    model = random_model("gpt", initializer_range=0.3, **ATTENTION[name])
     expected = [model.generate(torch.tensor([row]), **GREEDY)[0, len(row) :].tolist() for row in ROWS]
     model.set_attn_implementation(implementation)
-    # Fewer tokens in a batch than the prompts have, so that they are read in parts.
-    paged = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=8, **{PAGE_SIZE: 4})
     outputs = model.generate_batch(
-        ROWS, generation_config=GenerationConfig(**GREEDY), continuous_batching_config=paged
+        ROWS, generation_config=GenerationConfig(**GREEDY), continuous_batching_config=PAGED
     )
     assert [output.generated_tokens for _, output in sorted(outputs.items())] == expected
 
 
 def test_generate_keeps_one_stream_afterwards(tmp_path):
     model = random_model("gpt", attention_scheme="shared")
-    model.generate_batch(ROWS, GenerationConfig(**GREEDY))
+    model.generate_batch(ROWS, GenerationConfig(**GREEDY), continuous_batching_config=PAGED)
     cache = model(torch.tensor(ROWS[:1]), use_cache=True).past_key_values
     assert cache.layers[0].keys is cache.layers[0].values
     model.init_continuous_batching(GenerationConfig(**GREEDY))

@@ -6,8 +6,6 @@ import openai
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import shared_bert
-
 from ..ecosystem.conftest import random_model
 
 PROMPT = "the fox hunts . the"
@@ -17,14 +15,12 @@ SMALL_CACHE = ["--cb-num-blocks", "64", "--cb-block-size", "16", "--cb-max-batch
 
 
 def saved(kind: str, tokenizers, folder):
-    """Return a folder with a decoder of a scheme, with depth sharing or exported, and its tokenizer."""
+    """Return a folder with a decoder, with depth sharing or without, and its tokenizer."""
     sharing = {"depth_sharing": "masa", "num_atoms": 2} if kind == "masa" else {}
     tokenizer = tokenizers["bert"]  # whose tokens are text, where a byte need not be
     special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": None}
     fields = {"attention_scheme": "shared", "vocab_size": len(tokenizer), "initializer_range": 0.3}
     model = random_model("gpt", **special, **fields, **sharing)
-    if kind == "stock":
-        model = shared_bert.to_stock(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     without_token_types = {"model_input_names": ["input_ids", "attention_mask"]}
@@ -44,7 +40,7 @@ def written(folder, is_chat: bool) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "batching"), [("shared", False), ("shared", True), ("masa", True), ("stock", True)])
+@pytest.mark.parametrize(("kind", "batching"), [("shared", False), ("shared", True), ("masa", True)])
 def test_it_answers_what_generate_writes(serve, tokenizers, tmp_path, kind, batching):
     folder = saved(kind, tokenizers, tmp_path / "model")
     options = ["--continuous-batching", *SMALL_CACHE] if batching else []
