@@ -1,8 +1,8 @@
 """Compare models that are trained alike: python scripts/compare.py configs/comparisons/COMPARISON.yaml
 
 It prints what the comparison will cost, does the runs that have no record yet, and writes records, tables and plots to
-the comparison's results_dir. Runs that fail are listed, and tried again by the next call. Start it several times, or
-with `accelerate launch`, to do several runs at once: each process does one at a time, on a GPU of its own.
+the comparison's results_dir. Runs that fail are listed, and tried again by the next call. `accelerate launch` on
+several GPUs, or `torchrun`, does several runs at once: each process does one at a time, on the GPU of its local rank.
 """
 
 import argparse
@@ -10,9 +10,18 @@ import sys
 from pathlib import Path
 
 from shared_bert.command_line import reports_user_errors
-from shared_bert.evaluation.comparison import Comparison
-from shared_bert.evaluation.comparison_results import write_findings, write_results
-from shared_bert.evaluation.comparison_runs import ComparisonRunner, cost_report, measure_speed, take_own_device
+from shared_bert.evaluation.comparison import (
+    Comparison,
+    ComparisonRunner,
+    check_records,
+    cost_report,
+    has_records,
+    measure_speed,
+    take_own_device,
+    write_findings,
+    write_results,
+)
+from shared_bert.evaluation.comparison.records import MAY_DIFFER
 
 
 @reports_user_errors
@@ -29,24 +38,27 @@ def main(arguments: list[str]):
         "--redraw", action="store_true", help="write tables and plots from the records, and train nothing"
     )
     parser.add_argument("--findings", type=Path, help="a page that is written with the claims of all comparisons")
-    parser.add_argument("--may_differ", default="", help="what of older records may differ: commit, settings, variant")
+    parser.add_argument("--may_differ", nargs="+", choices=MAY_DIFFER, default=[], help="what of older records may")
     parsed = parser.parse_args(arguments)
     changes = {name: getattr(parsed, name) for name in ("output_dir", "results_dir") if getattr(parsed, name)}
     failed = {}
     comparisons = [Comparison(path, **changes) for path in parsed.comparison]
     for comparison in comparisons:
+        if parsed.redraw or parsed.speed:
+            # Their commit is shown in the tables; who trains goes by it.
+            check_records(comparison, {"commit", *parsed.may_differ})
         if parsed.speed:
             measure_speed(comparison)
         elif not parsed.redraw:
-            may_differ = parsed.may_differ.split(",")
-            runner = ComparisonRunner(comparison, may_differ)
+            runner = ComparisonRunner(comparison, parsed.may_differ)
             print(cost_report(comparison), flush=True)
             if parsed.cost:
                 continue
             runner.run()
             failed |= runner.failed
-        write_results(comparison)
-        print(f"tables and plots are in {comparison.results_dir}")
+        if has_records(comparison) or parsed.redraw:
+            write_results(comparison)
+            print(f"tables and plots are in {comparison.results_dir}")
     if parsed.findings:
         write_findings(comparisons, parsed.findings)
     if failed:

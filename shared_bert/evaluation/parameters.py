@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..conversion.families import FAMILIES
 from ..injection.sharing_config import sharing_record
 from ..injection.swap import inject
 from ..modeling import SelfAttention
@@ -43,7 +44,10 @@ def load_config(path: str | Path, overrides: dict[str, Any] | str | None = None)
             if overrides:
                 raise ValueError("a stock model that shares has no fields to replace")
             return config
-        return AutoConfig.for_model(**config_fields(ConfigArguments(config_overrides=overrides, **source)))
+        fields = config_fields(ConfigArguments(config_overrides=overrides, **source))
+        if fields["model_type"] not in FAMILIES:  # it would be compared with itself
+            raise ValueError(f"model_type={fields['model_type']!r} must be one of {', '.join(FAMILIES)}")
+        return AutoConfig.for_model(**fields)
     except (StrictDataclassError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -56,6 +56,12 @@ def config_fields(arguments: ConfigArguments) -> dict[str, Any]:
     return {**stated, **overrides}
 
 
+def new_config(stated: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of `config_fields`, without special tokens unless stated: a tokenizer will name them."""
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    return AutoConfig.for_model(**{**ids, **stated})
+
+
 def make_model(
     config: PreTrainedConfig,
     model_name_or_path: str | None = None,

@@ -19,7 +19,7 @@ from ..data import (
 from ..injection.sharing_config import sharing_record
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
 from .metrics import accuracy_of, likeliest_tokens
-from .models import config_fields, make_model, pretraining_objective
+from .models import config_fields, make_model, new_config, pretraining_objective
 from .run import run_training, starting_checkpoint
 from .text import block_datasets, check_streaming, describe_text, pack_documents, read_documents
 from .trainer import PretrainingTrainer
@@ -48,7 +48,7 @@ def pretrain(
     checkpoint = starting_checkpoint(training_args)
     stated = config_fields(model_args)
     objective = pretraining_objective(stated["model_type"])
-    _check_arguments(stated, model_args, data_args, training_args)
+    check_pretraining(stated, model_args, data_args, training_args)
     tokenizer = _given_tokenizer(model_args, checkpoint)
     if tokenizer is not None:
         _fit_config(stated, tokenizer, objective)
@@ -149,9 +149,14 @@ def _print_results(metrics: dict[str, float], unigram_entropy: float | None, out
     )
 
 
-def _check_arguments(
+def check_pretraining(
     stated: dict[str, Any], model_args: ModelArguments, data_args: DataArguments, training_args: PretrainingArguments
 ):
+    """Raise the ValueError of `pretrain` for invalid arguments, before any text is read.
+
+    Args:
+        stated: see `config_fields`.
+    """
     check_streaming(data_args, training_args)
     model_type = stated["model_type"]
     if data_args.whole_word_mask and pretraining_objective(model_type) != "mlm":
@@ -163,7 +168,7 @@ def _check_arguments(
             f"a {model_type} attends across the documents of a row: give separate_documents=false for a model of "
             "transformers"
         )
-    config = AutoConfig.for_model(**stated)
+    config = new_config(stated)
     most = getattr(config, "max_position_embeddings", math.inf)
     if data_args.block_size > most:
         raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")

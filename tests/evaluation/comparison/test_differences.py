@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from shared_bert.evaluation.comparison_results import pareto_front
-from shared_bert.evaluation.comparison_statistics import (
+from shared_bert.evaluation.comparison.differences import (
     Difference,
     Measure,
     bootstrap_interval,
@@ -15,6 +14,7 @@ from shared_bert.evaluation.comparison_statistics import (
     measures_of,
     verdict,
 )
+from shared_bert.evaluation.comparison.plots import pareto_front
 
 LOSS = Measure("loss", "loss", lambda record: record["loss"])
 
@@ -45,6 +45,11 @@ def test_seeds_and_documents_both_widen_the_interval():
     assert one_seed[1] - one_seed[0] == pytest.approx(2 * 1.96 * (of_documents.var() / num_documents) ** 0.5, rel=0.05)
 
 
+def test_documents_without_predicted_tokens_are_left_out():
+    differences, sizes = np.array([[1.0, 0.0, 3.0]]), np.array([1.0, 0.0, 1.0])
+    assert bootstrap_interval(differences, sizes) == bootstrap_interval(differences[:, ::2], sizes[::2])
+
+
 def test_differences_are_paired_by_seed():
     mine = [{"seed": seed, "loss": 10 * seed + 1.0} for seed in (2, 0, 1, 7)]
     theirs = [{"seed": seed, "loss": 10.0 * seed} for seed in (0, 1, 2, 3)]
@@ -68,7 +73,7 @@ def test_what_a_record_measures():
     record = {
         "loss": 3.0,
         "texts": {"wiki": {"loss": 2.0, "document_nats": [6.0, 2.0], "document_tokens": [3, 1]}},
-        "blimp": {"accuracy": 0.5, "by_paradigm": {"a": 0.25, "b": 0.75}},
+        "blimp": {"accuracy": 0.35, "by_paradigm": {"a": 0.25, "b": 0.75}, "pairs_by_paradigm": {"a": 8, "b": 2}},
         "glue": {
             "rte": {"metric": "accuracy", "score": 0.5},
             "cola": {"metric": "matthews_correlation", "score": 0.1},
@@ -77,7 +82,7 @@ def test_what_a_record_measures():
     }
     values = {measure.key: measure.value(record) for measure in measures_of(record)}
     assert values == pytest.approx(
-        {"loss:wiki": 2, "blimp": 50, "glue:rte": 50, "glue:cola": 10, "glue": 30, "noise": 20}
+        {"loss:wiki": 2, "blimp": 35, "glue:rte": 50, "glue:cola": 10, "glue": 30, "noise": 20}
     )
     for measure in measures_of(record)[:2]:
         sums, sizes = measure.parts(record)
@@ -96,6 +101,7 @@ def test_what_a_record_measures():
         ((-0.1, 0.4), None, "same", 0.3, "not decided at this scale"),
         ((0.4, 0.5), None, "same", 0.3, "not supported"),
         (None, None, "lower", None, "not decided at this scale"),
+        (None, (-3, -1), "lower", None, "not decided at this scale"),  # of a single seed
     ],
 )
 def test_verdicts(student, bootstrap, expected, within, found):

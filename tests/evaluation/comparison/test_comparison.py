@@ -11,19 +11,21 @@ import yaml
 from datasets import ClassLabel, Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from shared_bert import SharedBertConfig, SharedBertForMaskedLM
-from shared_bert.evaluation.comparison import Comparison, non_embedding
-from shared_bert.evaluation.comparison_results import Results, report, write_results
-from shared_bert.evaluation.comparison_runs import ComparisonRunner, best_options, check_records
-from shared_bert.evaluation.narrowing import narrower_fields
+from shared_bert.evaluation.comparison import Comparison, ComparisonRunner, check_records, write_results
+from shared_bert.evaluation.comparison.comparison import non_embedding
+from shared_bert.evaluation.comparison.gathering import Results
+from shared_bert.evaluation.comparison.narrowing import narrower_fields
+from shared_bert.evaluation.comparison.results import report
+from shared_bert.evaluation.comparison.runs import best_options
 from shared_bert.training.trainer import PretrainingTrainer
 
-from ..training.runs import run as run_process
-from ..training.runs import write_text
+from ...training.runs import run as run_process
+from ...training.runs import write_text
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts" / "compare.py"
 MODEL = {
     "model_type": "shared_bert",
@@ -162,7 +164,7 @@ def test_tables_show_the_records(finished):
 
 def test_records_alone_make_the_same_files(finished, tmp_path):
     folder, _ = finished
-    files = ["results.md", "curves.png", "pareto.png", "differences.png"]
+    files = ["results.md", "scores.png", "differences.png", "curves.png", "pareto.png"]
     before = {name: (folder / "results" / name).read_bytes() for name in files}
     changes = {"results_dir": str(tmp_path)}
     (tmp_path / "records").symlink_to(folder / "results" / "records")
@@ -212,7 +214,7 @@ def test_records_of_other_settings_or_commits_are_refused(finished, tmp_path):
     check_records(changed())
     check_records(changed(seeds=[0, 1, 5]))  # more of the same
     other = changed(training={**stated["training"], "mlm_probability": 0.3})
-    with pytest.raises(ValueError, match=r"training: mlm_probability=None, not 0\.3"):
+    with pytest.raises(ValueError, match=r"mlm_probability=None, not 0\.3"):
         check_records(other)
     check_records(other, ["settings"])
     with pytest.raises(ValueError, match="attention_scheme='standard', not 'unified'"):
@@ -272,6 +274,26 @@ def test_a_crash_stops_no_other_run_and_is_retried(tmp_path, monkeypatch):
     assert "Runs without a record: standard-1." in (tmp_path / "results" / "results.md").read_text()
     monkeypatch.undo()
     assert not complete(path).missing
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path):
+    training = {**TRAINING, "train_file": str(write_text(tmp_path / "text.txt")), "max_grad_norm": 0, "max_steps": 8}
+    options = {"variants": VARIANTS[1:], "narrow": False, "seeds": [0], "training": training}
+    results = complete(write(tmp_path, **options, sweep={"learning_rate": [1e-3, 1e30]}))
+    assert results.records["shared"][0]["learning_rate"] == 1e-3
+    diverged = json.loads((tmp_path / "results" / "sweep" / "shared-learning_rate=1e+30-1.json").read_text())
+    assert diverged["loss"] is None
+    assert "NaN or infinite" in diverged["diverged"]
+
+
+def test_another_text_gets_a_tokenizer_of_its_own(tmp_path):
+    options = {"variants": VARIANTS[:1], "seeds": [0], "narrow": False}
+    complete(write(tmp_path, **options))
+    (tmp_path / "other.txt").write_text("\n".join(["zyx wvu tsr qpo nml " * 20] * 50))
+    training = {**TRAINING, "train_file": str(tmp_path / "other.txt")}
+    complete(write(tmp_path, **options, training=training, results_dir=str(tmp_path / "other")))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "models" / "standard-0")
+    assert tokenizer.unk_token not in tokenizer.tokenize("zyx wvu")
 
 
 def test_a_variant_whose_sweep_failed_waits(tmp_path, monkeypatch):
@@ -381,19 +403,33 @@ def test_each_reduced_variant_has_a_narrower_one(tmp_path):
         assert counts[narrow] == pytest.approx(counts[name], rel=0.01)
 
 
+CLAIM = {"claim": "a", "source": "b", "of": "shared", "against": "standard", "measure": "loss", "expected": "lower"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"varants": []}, "'varants'.*'variants'"),
         ({"variants": []}, "variants: there are none"),
+        ({"variants": {"name": "a"}}, "'variants' expected a list"),
+        ({"variants": [None]}, "variants: None needs a name"),
+        ({"variants": [{}]}, "needs a name"),
+        ({"variants": [{"name": "a/b"}]}, "'a/b'.* needs a name of letters"),
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "two of the name 'a'"),
-        ({"variants": [{"name": "a/b"}]}, "name='a/b'"),
+        ({"variants": [*VARIANTS, {"name": "narrow_28x57"}]}, "two of the name 'narrow_28x57'"),
         (
             {"variants": [{"name": "a", "atention_scheme": "shared"}]},
             "variant a: .*'atention_scheme'.*attention_scheme",
         ),
         ({"variants": [{"name": "a", "attention_scheme": "shard"}]}, "variant a: .*shard"),
+        ({"variants": [{"name": "a", "sharing": "masa"}]}, "variant a: sharing='masa' must be keys"),
         ({"variants": [{"name": "a", "training": {"block_size": 8}}]}, "variant a: training: .*'block_size'"),
         ({"variants": [{"name": "a", "training": {"max_steps": 8}}]}, "variant a: training: .*'max_steps'"),
+        (
+            {"variants": [{"name": "a", "training": {"learning_rate": 1}}], "sweep": {"learning_rate": [1.0]}},
+            "variant a: training: .*'learning_rate'",
+        ),
+        ({"variants": [*VARIANTS, {"name": "a", "model_type": "shared_gpt"}]}, "a shared_gpt is not trained as"),
         ({"variants": VARIANTS[1:]}, "the baseline shared shares weights itself"),
         ({"variants": [{"name": "a", "attention_scheme": "shared_kv"}]}, "the baseline a shares weights itself"),
         ({"baseline": "b"}, "baseline='b' is none of"),
@@ -401,19 +437,38 @@ def test_each_reduced_variant_has_a_narrower_one(tmp_path):
             {"model": {**MODEL, "hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 1}},
             "beside shared: no narrower standard model",
         ),
+        ({"model": {"hidden_size": 32}}, "model lacks model_type"),
+        ({"model": []}, "'model' expected a dict"),
+        ({"narrow": "false"}, "'narrow' expected bool"),
         ({"seeds": [0, 0]}, "seeds=.*twice"),
-        ({"seeds": ["a"]}, "seeds=.*must be numbers"),
+        ({"seeds": ["a"]}, "Invalid item at index 0 in list 'seeds'"),
         ({"seeds": []}, "seeds=.*must be numbers"),
+        ({"seeds": [-1]}, "seeds=.*must be numbers from 0"),
+        ({"training": []}, "'training' expected a dict"),
         ({"training": {**TRAINING, "max_steps": -1}}, "max_steps"),
         ({"training": {**TRAINING, "output_dir": "x"}}, "output_dir is not an option"),
         ({"training": {**TRAINING, "max_step": 3}}, "'max_step'.*'max_steps'"),
+        ({"training": {**TRAINING, "block_size": 64}}, "block_size=64 is more than"),
         ({"sweep": {"learning_rat": [1]}}, "sweep: .*'learning_rat'"),
-        ({"sweep": {"learning_rate": ["fast"]}}, "learning_rate=.*must be numbers"),
+        ({"sweep": {"learning_rate": ["fast"]}}, "sweep: .*learning_rate"),
+        ({"sweep": {"learning_rate": [-1.0]}}, "learning_rate=.*must be numbers from 0"),
+        ({"sweep": {"learning_rate": [1.0], "max_steps": 0}}, "max_steps=0 must be 1 or more"),
+        ({"sweep": {"learning_rate": [1.0], "seed": 0}}, "seed=0 must be another"),
+        ({"sweep": {}}, "give values of learning_rate or weight_decay"),
+        ({"evaluation": []}, "'evaluation' expected a dict"),
         ({"evaluation": {"blim": {}}}, "evaluation: .*'blim'"),
+        ({"evaluation": {"blimp": None}}, "evaluation: blimp must be keys and values"),
+        ({"evaluation": {"blimp": {}}}, "evaluation: blimp lacks pairs"),
+        ({"evaluation": {"texts": {"files": {}, "max_documents": 0}}}, "max_documents=0 must be 1"),
         ({"evaluation": {"glue": {"tasks": "sst3"}}}, "sst3"),
         ({"evaluation": {"noise": {"task": "sst2"}}}, "noise needs task=sst2"),
-        ({"claims": [{"claim": "a"}]}, "claims: .*lacks source"),
-        ({"varants": []}, "'varants'.*'variants'"),
+        ({"claims": [None]}, "claims must be keys and values"),
+        ({"claims": [{"claim": "a"}]}, "claims lacks source"),
+        ({"claims": [{**CLAIM, "measure": "los"}]}, "'los' is not measured, only loss"),
+        ({"claims": [{**CLAIM, "against": "shared"}]}, "'shared' cannot be held against 'shared'"),
+        ({"claims": [{**CLAIM, "of": "standard", "against": "narrow"}]}, "'standard' cannot be held against 'narrow'"),
+        ({"claims": [{**CLAIM, "of": "reduced"}], "narrow": False}, "'a' is of no variant"),
+        ({"claims": [{**CLAIM, "expected": "same"}]}, "only same takes within"),
     ],
 )
 def test_bad_comparisons_are_named(tmp_path, changes, message):
@@ -436,6 +491,13 @@ def test_files_that_are_not_there_are_named_before_training(tmp_path, evaluation
     with pytest.raises(ValueError, match=message):
         ComparisonRunner(comparison)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_network_of_coefficients_counts_as_these(tmp_path):
+    masa = {"name": "masa", "depth_sharing": "masa", "num_atoms": 1}
+    variants = [VARIANTS[0], masa, {**masa, "name": "network", "coefficient_source": "network"}]
+    costs = Comparison(write(tmp_path, variants=variants, narrow=False)).costs
+    assert costs["network"].parameters == costs["masa"].parameters
 
 
 def test_a_comparison_without_records_has_no_tables(tmp_path, capsys):

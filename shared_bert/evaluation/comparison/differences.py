@@ -3,12 +3,12 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-Record = dict[str, Any]
+from .records import Record
+
 RESAMPLES = 10_000
 
 
@@ -67,8 +67,10 @@ def measures_of(record: Record) -> list[Measure]:
 
 
 def _paradigms(record: Record) -> tuple[np.ndarray, np.ndarray]:
-    accuracies = 100 * np.array([*record["blimp"]["by_paradigm"].values()])
-    return accuracies, np.ones_like(accuracies)
+    accuracies, pairs = (
+        np.array([*record["blimp"][what].values()], float) for what in ("by_paradigm", "pairs_by_paradigm")
+    )
+    return 100 * accuracies * pairs, pairs
 
 
 def _glue_mean(record: Record) -> float:
@@ -96,9 +98,11 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The range of both intervals: what a verdict goes by."""
-        known = [interval for interval in (self.student, self.bootstrap) if interval is not None]
-        return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+        """The range of both intervals, which a verdict goes by; None for a single seed, whose luck is not known."""
+        if self.student is None or self.bootstrap is None:
+            return self.student
+        (low, high), (other_low, other_high) = self.student, self.bootstrap
+        return min(low, other_low), max(high, other_high)
 
 
 def difference(measure: Measure, mine: Sequence[Record], theirs: Sequence[Record]) -> Difference | None:
@@ -128,6 +132,7 @@ def bootstrap_interval(differences: np.ndarray, sizes: np.ndarray) -> tuple[floa
         sizes: of the parts, [parts]; the mean is the sum of differences over that of sizes.
     """
     generator = np.random.default_rng(0)
+    differences, sizes = differences[:, sizes > 0], sizes[sizes > 0]  # some texts are too short to be masked
     num_seeds, num_parts = differences.shape
 
     def drawn(count: int) -> np.ndarray:  # how often each is drawn, [RESAMPLES, count]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads")
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
 
 
 def narrower_fields(
@@ -23,11 +23,11 @@ def narrower_fields(
     Raises:
         ValueError: the architecture has no such fields, or no width matches.
     """
-    if lacking := [name for name in _FIELDS if not isinstance(fields.get(name), int)]:
+    if lacking := [name for name in WIDTHS if not isinstance(fields.get(name), int)]:
         raise ValueError(
             f"no narrower model can be found without {', '.join(lacking)} in its config: give narrow: false"
         )
-    width, mlp, heads = (fields[name] for name in _FIELDS)
+    width, mlp, heads = (fields[name] for name in WIDTHS)
     candidates = []
     for narrower in range(width // (2 * heads) * 2 * heads, 0, -2 * heads):
         few, more = (count({**fields, "hidden_size": narrower, "intermediate_size": size}) for size in (1, 2))

@@ -1,0 +1,19 @@
+"""Comparisons of models that are trained alike."""
+
+from .comparison import Comparison
+from .cost import cost_report, measure_speed
+from .records import check_records, has_records
+from .results import write_findings, write_results
+from .runs import ComparisonRunner, take_own_device
+
+__all__ = [
+    "Comparison",
+    "ComparisonRunner",
+    "check_records",
+    "cost_report",
+    "has_records",
+    "measure_speed",
+    "take_own_device",
+    "write_findings",
+    "write_results",
+]
