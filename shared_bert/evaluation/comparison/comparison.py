@@ -6,6 +6,7 @@ A comparison is a YAML file; `configs/comparisons` has some, and configs/README.
 import os
 import re
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from itertools import product
@@ -18,15 +19,14 @@ from transformers import PreTrainedModel
 
 from ...data import load_tokenizer
 from ...data.tasks import glue_task
-from ...injection.sharing_config import sharing_record
 from ...training.arguments import DataArguments, FinetuningArguments, ModelArguments, PretrainingArguments
 from ...training.models import config_fields, make_model, new_config, pretraining_objective
 from ...training.pretraining import check_pretraining, padded_vocab_size
 from ...training.recipe import parse_mapping
-from ...training.yaml_files import check_keys, load_mapping
+from ...training.yaml_files import check_keys
 from ..classification import GlueArguments
 from ..parameters import Cost, cost_of
-from .file import MAX_SEED, Blimp, Claim, File, Noise, Sweep, Texts, read_part
+from .file import MAX_SEED, Blimp, Claim, File, Noise, Sweep, Texts, load_file, read_part
 from .narrowing import WIDTHS, narrower_fields
 
 # Options of pre-training that a comparison has; the others it states otherwise, or needs no answer to.
@@ -98,7 +98,10 @@ class Variant:
             {**part, "coefficient_source": "direct"} if "coefficient_source" in part else part
             for part in (self.model, self.sharing)
         )
-        return cost_of(replace(self, model=model, sharing=sharing).new_model(), sequence_length, predicted_share)
+        counted = replace(self, model=model, sharing=sharing)
+        # `share` reads weights; all other models can be counted without any.
+        with nullcontext() if sharing else torch.device("meta"):
+            return cost_of(counted.new_model(), sequence_length, predicted_share)
 
 
 def non_embedding(cost: Cost) -> int:
@@ -139,7 +142,7 @@ class Comparison:
     def __init__(self, path: str | Path, **changes):
         self.path = Path(os.path.relpath(path))  # the tables name it, whatever way it was given
         try:
-            self._read(read_part(File, {**load_mapping(path), **changes}, "the file"))
+            self._read(read_part(File, {**load_file(path), **changes}, "the file"))
         except (ValueError, StrictDataclassError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -254,6 +257,8 @@ class Comparison:
 
     def _parse(self, changes: dict[str, Any]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
         options = {**self.training, "model_type": "shared_bert", "output_dir": str(self.output_dir), **changes}
+        # A GPU's records are drawn anywhere, but TrainingArguments refuses bf16 without a GPU, unless it is told.
+        options["use_cpu"] = options.get("use_cpu", False) or not torch.cuda.is_available()
         return parse_mapping(options, (ModelArguments, DataArguments, PretrainingArguments), "training")
 
     def _check_training(self):
@@ -302,12 +307,11 @@ class Comparison:
 
     def _add_narrower(self):
         standard = next(variant for variant in self.variants if variant.name == self.baseline)
-        config = standard.new_model().config
-        record = sharing_record(config) or config  # a config of transformers has neither field
-        if (
-            getattr(record, "attention_scheme", "standard") != "standard"
-            or getattr(record, "depth_sharing", "none") != "none"
-        ):
+        with torch.device("meta"):
+            config = replace(standard, sharing={}).new_model().config
+        # A config of transformers has neither field.
+        found = getattr(config, "attention_scheme", "standard"), getattr(config, "depth_sharing", "none")
+        if standard.sharing or found != ("standard", "none"):
             raise ValueError(
                 f"the baseline {self.baseline} shares weights itself: choose a standard one for narrower models, or "
                 "give narrow: false"
@@ -317,8 +321,7 @@ class Comparison:
         @cache
         def counted(hidden_size: int, intermediate_size: int) -> int:
             model = {**standard.model, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
-            with torch.device("meta"):
-                return non_embedding(replace(standard, model=model).cost(1, 1.0))
+            return non_embedding(replace(standard, model=model).cost(1, 1.0))
 
         def count(model: dict[str, Any]) -> int:
             return counted(model["hidden_size"], model["intermediate_size"])

@@ -2,16 +2,36 @@
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from ...training.yaml_files import check_keys
+from ...training.yaml_files import check_keys, load_mapping
 
 Part = TypeVar("Part")
 MAX_SEED = 2**32 - 1  # of numpy
 TUNED = ("learning_rate", "weight_decay")  # what a sweep can choose for each variant
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file, over the keys of the file beside it that it `extends`, if any.
+
+    Raises:
+        ValueError: one of them cannot be read.
+    """
+    stated = load_mapping(path)
+    extended = stated.pop("extends", None)
+    if extended is None:
+        return stated
+    base = load_file(Path(path).parent / str(extended))
+    merged = {
+        key: {**base.get(key, {}), **stated[key]}
+        for key in ("model", "training", "evaluation")
+        if isinstance(stated.get(key), dict)
+    }
+    return {**base, **stated, **merged}
 
 
 def read_part(cls: type[Part], stated: Any, where: str) -> Part:

@@ -478,6 +478,21 @@ def test_bad_comparisons_are_named(tmp_path, changes, message):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_comparison_extends_another(tmp_path):
+    base = Comparison(write(tmp_path))
+    changes = {"model": {"hidden_size": 48}, "training": {"max_steps": 9}, "seeds": [7]}
+    path = tmp_path / "larger.yaml"
+    path.write_text(yaml.safe_dump({"extends": "small.yaml", **changes}))
+    larger = Comparison(path)
+    assert larger.seeds == [7]
+    assert larger.training == {**base.training, "max_steps": 9}
+    assert larger.model == {**base.model, "hidden_size": 48}
+    assert [variant.name for variant in larger.variants[:2]] == ["standard", "shared"]
+    path.write_text("extends: absent.yaml")
+    with pytest.raises(ValueError, match=r"absent\.yaml cannot be read"):
+        Comparison(path)
+
+
 @pytest.mark.parametrize(
     ("evaluation", "message"),
     [
@@ -509,6 +524,25 @@ def test_a_comparison_without_records_has_no_tables(tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
-def test_every_comparison_in_the_repository_can_be_made():
-    for path in (ROOT / "configs" / "comparisons").glob("*.yaml"):
-        assert Comparison(path).runs(), path
+COMPARISONS = sorted((ROOT / "configs" / "comparisons").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_comparison_in_the_repository_can_be_made(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert Comparison(path).runs()
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_committed_results_are_those_of_their_records(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    committed = Comparison(path).results_dir
+    if not (committed / "results.md").exists():
+        pytest.skip(f"{committed} has no results")
+    again = Comparison(path, results_dir=str(tmp_path))
+    for part in ("records", "sweep", "speed.json"):
+        if (committed / part).exists():
+            (tmp_path / part).symlink_to((committed / part).resolve())
+    write_results(again)
+    for file in tmp_path.glob("*.*"):
+        assert file.read_bytes() == (committed / file.name).read_bytes(), file.name
