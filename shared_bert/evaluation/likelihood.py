@@ -282,12 +282,11 @@ def perplexity(
     texts: Iterable[str],
     stride: int | None = None,
     window: int | None = None,
-    batch_size: int = 1,
 ) -> dict[str, float]:
     """Return the perplexity of a decoder on texts, each by itself, in overlapping windows.
 
     Args:
-        stride, window, batch_size: see `document_losses`.
+        stride, window: see `document_losses`.
 
     Returns:
         `per_token` and `per_word` perplexity (words end at white space), `nats_per_token`, and the numbers of `tokens`
@@ -299,7 +298,7 @@ def perplexity(
     if objective_of(model) != "clm":
         raise ValueError(f"perplexity is for decoders: a {type(model).__name__} predicts masked tokens")
     texts = list(texts)
-    losses = document_losses(model, tokenizer, texts, window, stride, batch_size=batch_size)
+    losses = document_losses(model, tokenizer, texts, window, stride, batch_size=1)
     total, words = sum(losses.nats), sum(len(text.split()) for text in texts)
     return {
         "per_token": _exp(losses.mean),

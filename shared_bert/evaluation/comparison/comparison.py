@@ -59,7 +59,6 @@ class Variant:
         sharing: options of `share`, for an architecture of transformers.
         training: options of pre-training that differ from the comparison's.
         published: what a paper reports of it, for the tables.
-        is_narrow: whether it is a narrower standard model, found for others.
     """
 
     name: str
@@ -67,7 +66,6 @@ class Variant:
     sharing: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     published: str = ""
-    is_narrow: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -159,7 +157,7 @@ class Comparison:
             self.sweep.seed = max(self.seeds) + 1
         if self.sweep is not None and (self.sweep.seed in self.seeds or not 0 <= self.sweep.seed <= MAX_SEED):
             raise ValueError(f"sweep: seed={self.sweep.seed} must be another than the seeds that are reported")
-        self.variants = [self._read_variant(stated, file.sharing) for stated in file.variants]
+        self.variants = [self._read_variant(stated) for stated in file.variants]
         self.baseline = self.variants[0].name if file.baseline is None else file.baseline
         self._check_names()
         if self.baseline not in (names := [variant.name for variant in self.variants]):
@@ -274,7 +272,7 @@ class Comparison:
         model_args, _, _ = self.arguments
         return padded_vocab_size(model_args.tokenizer_vocab_size or len(load_tokenizer(model_args.tokenizer_name)))
 
-    def _read_variant(self, stated: Any, sharing: dict[str, Any]) -> Variant:
+    def _read_variant(self, stated: Any) -> Variant:
         if not isinstance(stated, dict) or not re.fullmatch(r"[\w.+-]+", name := str(stated.get("name", ""))):
             raise ValueError(f"variants: {stated} needs a name of letters, digits, _, -, . and +")
         parts = {"sharing": {}, "training": {}}
@@ -293,7 +291,7 @@ class Comparison:
                 f"variant {name}: a {model['model_type']} is not trained as a {self.model['model_type']} is"
             )
         published = str(stated.get("published", ""))
-        return Variant(name, model, {**sharing, **parts["sharing"]}, parts["training"], published)
+        return Variant(name, model, parts["sharing"], parts["training"], published)
 
     def _check_names(self):
         names = Counter(variant.name for variant in self.variants)
@@ -340,7 +338,7 @@ class Comparison:
             except ValueError as error:
                 raise ValueError(f"beside {variant.name}: {error}") from error
             name = f"narrow_{model['hidden_size']}x{model['intermediate_size']}"
-            narrower[name] = replace(standard, name=name, model=model, published="", is_narrow=True)
+            narrower[name] = replace(standard, name=name, model=model, published="")
             self.costs[name] = self._cost(narrower[name])
             self.narrow_of[variant.name] = name
         self.variants += narrower.values()

@@ -54,7 +54,6 @@ def _text_losses(
     )
     return {
         "loss": losses.mean,
-        "words": sum(len(text.split()) for text in texts),
         "document_nats": [round(nats, 3) for nats in losses.nats],
         "document_tokens": losses.tokens,
     }

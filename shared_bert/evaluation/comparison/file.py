@@ -76,7 +76,6 @@ class File:
     model: dict[str, Any]
     variants: list[Any]
     training: dict[str, Any]
-    sharing: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     narrow: bool = True
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])

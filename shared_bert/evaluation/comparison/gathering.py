@@ -42,6 +42,10 @@ class Results:
     def mean(self, name: str, value: Callable[[Record], float]) -> float:
         return statistics.mean(map(value, self.records[name]))
 
+    def is_narrow(self, name: str) -> bool:
+        """Whether a variant is a narrower standard model, found for others."""
+        return name in self.comparison.narrow_of.values()
+
     def tokens_per_second(self, name: str) -> float:
         if self.speed is not None and name in self.speed["tokens_per_second"]:
             return self.speed["tokens_per_second"][name]

@@ -30,7 +30,7 @@ def _tidy(axes: Axes):
 
 def draw_curves(results: Results) -> Figure:
     """Return a plot of each variant's loss against tokens, over the baseline's and that of its narrower model."""
-    names = [name for name, records in results.records.items() if not records[0]["is_narrow"]]
+    names = [name for name in results.records if not results.is_narrow(name)]
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3 * columns + 0.6, 2.4 * rows + 0.8), dpi=_DPI, layout="constrained")
@@ -39,7 +39,7 @@ def draw_curves(results: Results) -> Figure:
         axes.set_visible(False)
     for axes, name in zip(panels, names, strict=False):
         lines = [(name, "#c44e52", "-", "variant")]
-        if narrow := results.records[name][0]["narrow"]:
+        if narrow := results.comparison.narrow_of.get(name):
             lines.insert(0, (narrow, "#4c72b0", ":", "narrower standard model"))
         if name != results.comparison.baseline:
             lines.insert(0, (results.comparison.baseline, "#888888", "--", "baseline"))
@@ -90,7 +90,7 @@ def draw_pareto(results: Results) -> Figure:
             [x for x, _ in front], [y for _, y in front], where="post", color="#555555", linewidth=1, label="best"
         )
         for name, look in looks.items():
-            hollow = {"markerfacecolor": "white"} if results.records[name][0]["is_narrow"] else {}
+            hollow = {"markerfacecolor": "white"} if results.is_narrow(name) else {}
             spread = statistics.stdev(values[name]) if len(values[name]) > 1 else 0
             style = {"linestyle": "none", "markersize": 7, "elinewidth": 0.8, **look, **hollow}
             axes.errorbar(cost[name], losses[name], yerr=spread, label=name, **style)
@@ -158,7 +158,7 @@ def _rows(results: Results, draw: Callable[[Axes, Measure, str, int, dict[str, A
     for axes, measure in zip(panels, results.measures, strict=False):
         for number, name in enumerate(names):
             style = {"marker": "o", "color": "#c44e52", "linestyle": "none"}
-            if results.records[name][0]["is_narrow"]:
+            if results.is_narrow(name):
                 style |= {"marker": "s", "color": "#4c72b0", "markerfacecolor": "white"}
             draw(axes, measure, name, len(names) - number, style)
         axes.set_yticks(range(len(names), 0, -1), names, fontsize="small")

@@ -12,7 +12,7 @@ from .comparison import Comparison, Run
 Record = dict[str, Any]
 MAY_DIFFER = ("commit", "settings", "variant")
 _NEEDED = (
-    "name", "seed", "is_narrow", "narrow", "variant", "settings", "non_embedding", "tokens", "tokens_per_second",
+    "name", "seed", "variant", "settings", "non_embedding", "tokens", "tokens_per_second",
     "curve", "loss", "learning_rate", "weight_decay", "hardware", "threads", "torch", "transformers", "commit", "date",
 )  # fmt: skip
 

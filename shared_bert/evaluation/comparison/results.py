@@ -75,7 +75,7 @@ def report(results: Results) -> str:
     if differences:
         parts += [f"## Minus {baseline}\n", intervals, difference_table(results, differences)]
         parts += ["![differences](differences.png)\n"]
-    narrow = {name: records[0]["narrow"] for name, records in results.records.items() if records[0]["narrow"]}
+    narrow = {name: other for name, other in comparison.narrow_of.items() if name in results.records}
     if narrow:
         parts += ["## Minus the narrower standard model of as many parameters\n", difference_table(results, narrow)]
     parts += ["## Loss against tokens, time and parameters\n", "![loss against tokens](curves.png)\n"]

@@ -177,8 +177,6 @@ class ComparisonRunner:
         return {
             "name": run.variant.name,
             "seed": run.seed,
-            "is_narrow": run.variant.is_narrow,
-            "narrow": self.comparison.narrow_of.get(run.variant.name),
             "variant": run.variant.identity,
             "settings": self.comparison.settings,
             "learning_rate": training_args.learning_rate,
