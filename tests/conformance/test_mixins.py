@@ -24,10 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:It is deprecated to return a val
 
 BASES = {"bert": shared_bert.SharedBertModel, "gpt": shared_bert.SharedGptModel}
 # Every class is tested with its default scheme; base and language model with one of each mechanism: diagonals,
-# pairwise matrices, the input as a role, fewer heads of keys, and each way to store matrices. Other rows of the table
+# pairwise matrices, the input as a role, fewer heads of keys, atoms and factors of matrices. Other rows of the table
 # take the same code, and are compared with literal attention in tests/modeling.
 DEFAULT = {"bert": "shared", "gpt": "query_free"}
-MECHANISMS = ("shared", "pairwise", "query_free", "grouped", "masa_network", "sequential", "low_rank")
+MECHANISMS = ("shared", "pairwise", "query_free", "grouped", "masa_network", "low_rank")
 HEADS = {
     "bert": [
         shared_bert.SharedBertForSequenceClassification,

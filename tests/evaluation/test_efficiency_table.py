@@ -109,12 +109,11 @@ def test_a_step_trains(kind):
 
 
 @pytest.mark.slow
-def test_memory_grows_with_the_model():
-    memory = [
-        module.peak_memory(ClassifierSettings(tiny_config("bert", **FIELDS, hidden_size=width), "cpu"), ClassifierStep)
-        for width in (32, 512)
-    ]
-    assert memory[1] > 2 * memory[0]
+def test_memory_is_that_of_a_step():
+    config = tiny_config("bert", **FIELDS, hidden_size=512)
+    memory = module.peak_memory(ClassifierSettings(config, "cpu"), ClassifierStep)
+    # Weights, gradients and two moments, half of them at least.
+    assert memory > 4 * 4 * classifier(config).num_parameters() / 2
 
 
 @pytest.fixture(scope="module")
