@@ -11,8 +11,7 @@ stamp="$venv/installed-$1-$(cat pyproject.toml scripts/constraints.txt | cksum |
 if [ ! -f "$stamp" ]; then
     echo "== Setting up $venv with the pinned versions of scripts/constraints.txt (a minute or more, once)"
     "$python" -m venv "$venv"
-    # Most modules are never imported: compiling them all takes half of the time.
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile --constraint scripts/constraints.txt --config-settings editable_mode=compat --editable ".[$1]"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --constraint scripts/constraints.txt --config-settings editable_mode=compat --editable ".[$1]"
     touch "$stamp"
 fi
 source "$venv/bin/activate"
