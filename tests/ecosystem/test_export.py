@@ -40,7 +40,7 @@ def test_torch_export(kind, attention, export_arguments, padded_batch):
     # Not all, to save time: the others' operations are among these.
     list(
         zip(
-            ("pairwise", "shared", "query_free", "grouped", "masa", "masa_network", "repeat_all_over", "low_rank"),
+            ("pairwise", "shared", "query_free", "grouped", "masa_network", "low_rank"),
             itertools.cycle(["bert", "gpt"]),
             strict=False,
         )

@@ -90,12 +90,6 @@ def test_commands(arguments, pytestconfig, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1].startswith(("speedup: ", "memory: 1.00"))
 
 
-def test_a_job_is_measured_in_a_process_of_its_own(compared):
-    found = efficiency.measure_alone(compared["shared"], efficiency.Encoding, rounds=2)
-    assert found["seconds"] > 0
-    assert found["peak_memory_bytes"] > 0
-
-
 def test_a_profile_names_the_operations(compared):
     seconds = efficiency.profile_step(compared["shared"])
     assert {"aten::mm", "aten::_fused_adamw_"} <= seconds.keys()

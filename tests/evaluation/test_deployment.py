@@ -31,11 +31,9 @@ def original():
     return BertModel(BertConfig(**fields)).eval()
 
 
-@pytest.fixture(scope="module", params=["original", "masa"])
-def model(request, original):
-    """A stock model, or one whose matrices are computed from weights."""
-    if request.param == "original":
-        return original
+@pytest.fixture(scope="module")
+def model(original):
+    """A model whose matrices are computed from weights."""
     return shared_bert.from_stock(original, depth_sharing="masa", num_atoms=2, align=False)[0].eval()
 
 

@@ -13,7 +13,7 @@ from shared_bert.data import load_tokenizer
 from shared_bert.folders import load_model
 from shared_bert.training.checkpoints import checkpoints
 
-from ..training.runs import MASA, SHAPE, recipe, write_text
+from ..training.runs import MASA, recipe, write_text
 from . import jobs
 from .processes import assert_same, run_job
 
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.slow
 
 SEED = random.SystemRandom().randrange(2**32)
 SHORT = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4}
-MASA_NETWORK = {**MASA, "coefficient_source": "network"}
 HEALED = (
     "--attention_scheme shared_kv --heal --block_size 32 --sample_by line --validation_split 0.1 --max_steps 6 "
     "--per_device_train_batch_size 4 --learning_rate 1e-2 --save_steps 2 --use_cpu --disable_tqdm true --train_file"
@@ -73,11 +72,8 @@ def test_packing(tmp_path, places):
     kill_again_and_again(jobs.run_packing, lambda output: [text, output], *places_of_both, 6, **places)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "fields"), [("shared_bert", SHAPE), ("shared_gpt", MASA_NETWORK)], ids=["bert", "masa"]
-)
-def test_pretraining(tmp_path, places, model_type, fields):
-    keys = recipe(tmp_path, model_type, config_overrides=fields, **SHORT)
+def test_pretraining(tmp_path, places):
+    keys = recipe(tmp_path, "shared_gpt", config_overrides={**MASA, "coefficient_source": "network"}, **SHORT)
 
     def arguments(output):
         return [{**keys, "output_dir": str(output)}]

@@ -364,8 +364,7 @@ def test_gradient_checkpointing_changes_nothing(kind, scheme, input_ids):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scheme", "packed"),
-    [("standard", False), ("pairwise", True), ("shared", False), ("shared", True), ("query_free", False)],
+    ("scheme", "packed"), [("standard", False), ("pairwise", True), ("shared", True), ("query_free", False)]
 )
 def test_compiles_without_graph_breaks(kind, scheme, packed, input_ids):
     model = tiny_model(kind, attention_scheme=scheme).train()

@@ -21,9 +21,11 @@ PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "
 PAGED = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=8, **{PAGE_SIZE: 4})
 
 
-@pytest.mark.parametrize(
-    ("name", "implementation"), [*((name, "sdpa") for name in ATTENTION), ("pairwise", "eager"), ("masa", "eager")]
-)
+# One of each kind of cache, of projection and of stored matrix.
+SOME = ("standard", "pairwise", "shared", "query_free", "grouped", "masa_network", "low_rank")
+
+
+@pytest.mark.parametrize(("name", "implementation"), [*((name, "sdpa") for name in SOME), ("pairwise", "eager")])
 def test_it_writes_what_generate_writes(name, implementation):
     model = random_model("gpt", initializer_range=0.3, **ATTENTION[name])
     expected = [model.generate(torch.tensor([row]), **GREEDY)[0, len(row) :].tolist() for row in ROWS]
