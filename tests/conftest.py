@@ -45,6 +45,9 @@ ATTENTION = {scheme: {"attention_scheme": scheme} for scheme in shared_bert.SCHE
         "depth_shared_matrices": "qkvo",
     },
 }
+# One of each mechanism: diagonals, pairwise matrices, the input as a role, fewer heads of keys, atoms and factors of
+# matrices. Other rows of the table take the same code, and are compared with literal attention in tests/modeling.
+MECHANISMS = ("shared", "pairwise", "query_free", "grouped", "masa_network", "low_rank")
 LANGUAGE_MODELS = {"bert": shared_bert.SharedBertForMaskedLM, "gpt": shared_bert.SharedGptForCausalLM}
 
 

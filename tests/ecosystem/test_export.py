@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ..conftest import ATTENTION
+from ..conftest import ATTENTION, MECHANISMS
 from .conftest import random_model
 
 ROWS_AND_TOKENS = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens", max=40)}
@@ -25,8 +25,9 @@ def export_arguments():
     return {"kwargs": example, "dynamic_shapes": dict.fromkeys(example, ROWS_AND_TOKENS)}
 
 
-def test_torch_export(kind, attention, export_arguments, padded_batch):
-    model = exportable(kind, **attention)
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_torch_export(kind, name, export_arguments, padded_batch):
+    model = exportable(kind, **ATTENTION[name])
     exported = torch.export.export(model, (), **export_arguments).module()
     with torch.no_grad():
         expected = model(**padded_batch).logits
@@ -35,17 +36,7 @@ def test_torch_export(kind, attention, export_arguments, padded_batch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's exporter, of torch
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    # Not all, to save time: the others' operations are among these.
-    list(
-        zip(
-            ("pairwise", "shared", "query_free", "grouped", "masa_network", "low_rank"),
-            itertools.cycle(["bert", "gpt"]),
-            strict=False,
-        )
-    ),
-)
+@pytest.mark.parametrize(("name", "kind"), list(zip(MECHANISMS, itertools.cycle(["bert", "gpt"]), strict=False)))
 def test_onnx(name, kind, export_arguments, padded_batch, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
     pytest.importorskip("onnxscript", reason="needs the package onnxscript")

@@ -35,7 +35,7 @@ def undisturbed(tmp_path_factory):
 
 
 # A checkpoint takes some 700 kB, a trained model some 200 kB.
-@pytest.mark.parametrize("room", [0, 20_000, 150_000, 300_000])
+@pytest.mark.parametrize("room", [0, 150_000])
 def test_a_checkpoint_that_does_not_fit(small_disk, places, undisturbed, room):
     recipe = write_recipe(small_disk, **SHORT)
     status, _ = run_job(jobs.run_pretraining_until_the_disk_is_full, recipe, "on_step_end", 3, room, **places)

@@ -69,7 +69,7 @@ def test_packing(tmp_path, places):
     """What was read and packed by halves is not in the cache."""
     text = write_text(tmp_path / "text.txt")
     places_of_both = (tmp_path / "out", tmp_path / "whole")
-    kill_again_and_again(jobs.run_packing, lambda output: [text, output], *places_of_both, 6, **places)
+    kill_again_and_again(jobs.run_packing, lambda output: [text, output], *places_of_both, 4, **places)
 
 
 def test_pretraining(tmp_path, places):
@@ -78,7 +78,7 @@ def test_pretraining(tmp_path, places):
     def arguments(output):
         return [{**keys, "output_dir": str(output)}]
 
-    kill_again_and_again(jobs.run_pretraining, arguments, tmp_path / "run", tmp_path / "whole", 6, **places)
+    kill_again_and_again(jobs.run_pretraining, arguments, tmp_path / "run", tmp_path / "whole", 4, **places)
 
 
 def test_conversion(tmp_path, places, stock):
@@ -88,7 +88,7 @@ def test_conversion(tmp_path, places, stock):
     def arguments(output):
         return [stock, output, *options]
 
-    kill_again_and_again(jobs.run_conversion, arguments, tmp_path / "out", tmp_path / "whole", 4, **places)
+    kill_again_and_again(jobs.run_conversion, arguments, tmp_path / "out", tmp_path / "whole", 3, **places)
 
 
 def test_healing(tmp_path, places, stock):
@@ -97,5 +97,5 @@ def test_healing(tmp_path, places, stock):
     def arguments(output):
         return [stock, output, *options]
 
-    kill_again_and_again(jobs.run_healing, arguments, tmp_path / "out", tmp_path / "whole", 8, **places)
+    kill_again_and_again(jobs.run_healing, arguments, tmp_path / "out", tmp_path / "whole", 5, **places)
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()

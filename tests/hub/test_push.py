@@ -58,9 +58,7 @@ def logits_of(model, folder):
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
-        ("bert", {"attention_scheme": "shared"}),
         ("bert", {"attention_scheme": "pairwise", "depth_sharing": "masa", "num_atoms": 1}),
-        ("gpt", {"attention_scheme": "shared_kv", "num_key_value_heads": 2}),
         ("gpt", {"attention_scheme": "query_free", "depth_sharing": "low_rank", "rank": 3}),
     ],
 )

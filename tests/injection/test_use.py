@@ -42,6 +42,7 @@ def test_generation_with_every_cache(shared, inputs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared", ["masa", "shared, sequential"], indirect=True)
 def test_compiled_without_a_graph_break(shared, inputs):
     torch._dynamo.reset()
     compiled = torch.compile(shared, fullgraph=True, backend="eager")
