@@ -1,7 +1,7 @@
 """Transformers' own tests of models, generation and configs, run on the classes of this package.
 
 Most tests that do not apply say so by themselves: they are about rotary positions, experts, images and the like, or
-about machines with an accelerator. `NOT_APPLICABLE` has the others.
+about machines with an accelerator. `SKIPPED` has the others, and one that takes long.
 """
 
 import unittest
@@ -35,10 +35,10 @@ HEADS = {
     "gpt": [shared_bert.SharedGptForSequenceClassification, shared_bert.SharedGptForTokenClassification],
 }
 SIZES = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-# Tests that suppose what these models do not have.
-NOT_APPLICABLE = {
+# Tests that suppose what these models do not have, or cost more than they tell of this package.
+SKIPPED = {
     "test_tied_head_has_a_tp_plan_entry": "tensor parallelism leaves the embeddings whole, and the head tied to them",
-    "test_bc_torch_dtype": "an older name of an argument of transformers, in a minute",
+    "test_bc_torch_dtype": "an older name of an argument of from_pretrained, in a minute over all classes",
 }
 
 
@@ -78,7 +78,7 @@ def model_tests(kind: str, name: str) -> type:
     heads = HEADS[kind] if name == DEFAULT[kind] else []
     skipped = {
         test: unittest.skip(reason)(getattr(ModelTesterMixin, test))
-        for test, reason in NOT_APPLICABLE.items()
+        for test, reason in SKIPPED.items()
         if hasattr(ModelTesterMixin, test)  # in this version of transformers
     }
     contents = skipped | {
