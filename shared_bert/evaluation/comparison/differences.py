@@ -145,17 +145,19 @@ def bootstrap_interval(differences: np.ndarray, sizes: np.ndarray) -> tuple[floa
 
 
 def verdict(found: Difference | None, expected: str, within: float | None = None) -> str:
-    """Return whether a difference bears a claim out: "supported", "not supported" or "not decided at this scale".
+    """Return whether a difference bears a claim out: "supported", "not supported: lower" (or "higher", which is what
+    was measured) or "not decided at this scale".
 
     Args:
         expected: "lower", "higher" or "same" (to `within`).
     """
-    if found is None or found.interval is None:
-        return "not decided at this scale"
-    low, high = found.interval
-    if expected == "same":
-        supported, refuted = -within < low and high < within, low > within or high < -within
-    else:
-        low, high = (low, high) if expected == "lower" else (-high, -low)
-        supported, refuted = high < 0, low > 0
-    return "supported" if supported else "not supported" if refuted else "not decided at this scale"
+    if found is not None and found.interval is not None:
+        low, high = found.interval
+        margin = within if expected == "same" else 0
+        if expected == "same" and -margin < low and high < margin:
+            return "supported"
+        if high < -margin:
+            return "supported" if expected == "lower" else "not supported: lower"
+        if low > margin:
+            return "supported" if expected == "higher" else "not supported: higher"
+    return "not decided at this scale"
