@@ -14,9 +14,9 @@ from .records import Record
 _FINDINGS = """\
 Each claim is held against a difference that was measured here, with its 95 % intervals: of the paired bootstrap over
 seeds and documents (or paradigms), where there are any, and Student's over the seeds. It is *supported* if both lie
-where the claim says, *not supported* if both lie where it denies (*higher* or *lower* says where: a model that was to be
-no worse can be better), and else *not decided at this scale*. The models are small and have read little: nothing here is
-about larger ones. A claim of no difference names the margin that counts as none.
+where the claim says, *not supported* if both lie where it denies, and else *not decided at this scale*. *Higher* or
+*lower* says where that is: what was to lose nothing can be better. A claim of no difference names the margin that
+counts as none. The models are small and have read little: nothing here is about larger ones.
 """
 
 
