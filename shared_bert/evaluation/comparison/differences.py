@@ -144,20 +144,20 @@ def bootstrap_interval(differences: np.ndarray, sizes: np.ndarray) -> tuple[floa
     return float(low), float(high)
 
 
-def verdict(found: Difference | None, expected: str, within: float | None = None) -> str:
+def verdict(found: Difference | None, expected: str, within: float = 0) -> str:
     """Return whether a difference bears a claim out: "supported", "not supported: lower" (or "higher", which is what
     was measured) or "not decided at this scale".
 
     Args:
-        expected: "lower", "higher" or "same" (to `within`).
+        expected: "lower", "higher" or "same".
+        within: the largest difference that counts as none: what is to be lower is to be below it, what is to be higher
+            above minus it.
     """
+    least, most = {"lower": (-np.inf, within), "higher": (-within, np.inf), "same": (-within, within)}[expected]
     if found is not None and found.interval is not None:
         low, high = found.interval
-        margin = within if expected == "same" else 0
-        if expected == "same" and -margin < low and high < margin:
+        if least < low and high < most:
             return "supported"
-        if high < -margin:
-            return "supported" if expected == "lower" else "not supported: lower"
-        if low > margin:
-            return "supported" if expected == "higher" else "not supported: higher"
+        if high < least or low > most:
+            return f"not supported: {'lower' if high < least else 'higher'}"
     return "not decided at this scale"

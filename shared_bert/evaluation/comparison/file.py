@@ -195,7 +195,7 @@ class Claim:
         measure: "loss:" and the name of a text, "loss" without texts, "blimp", "glue:" and a task, "glue" for their
             mean, or "noise".
         expected: how `of` minus `against` should be.
-        within: for "same", the largest difference that counts as none.
+        within: see `verdict`; "same" needs it.
     """
 
     claim: str
@@ -204,8 +204,8 @@ class Claim:
     against: str
     measure: str
     expected: Literal["lower", "higher", "same"]
-    within: float | int | None = None
+    within: float | int = 0
 
     def validate_margin(self):
-        if (self.expected == "same") != (self.within is not None):
-            raise ValueError(f"expected={self.expected!r}, within={self.within}: only same takes within, and needs it")
+        if self.expected == "same" and self.within <= 0:
+            raise ValueError(f"within={self.within} must be above 0 where same is expected")

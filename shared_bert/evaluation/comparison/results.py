@@ -15,8 +15,8 @@ _FINDINGS = """\
 Each claim is held against a difference that was measured here, with its 95 % intervals: of the paired bootstrap over
 seeds and documents (or paradigms), where there are any, and Student's over the seeds. It is *supported* if both lie
 where the claim says, *not supported* if both lie where it denies, and else *not decided at this scale*. *Higher* or
-*lower* says where that is: what was to lose nothing can be better. A claim of no difference names the margin that
-counts as none. The models are small and have read little: nothing here is about larger ones.
+*lower* says where that is: what was to be the same can be better. Differences within a claim's margin count as none. The
+models are small and have read little: nothing here is about larger ones.
 """
 
 
@@ -180,7 +180,7 @@ def claim_table(results: Results) -> str:
         for name in claim.of:
             against = results.comparison.narrow_of[name] if claim.against == "narrow" else claim.against
             found = results.difference(measure, name, against)
-            margin = f", to within {claim.within:g}" if claim.within is not None else ""
+            margin = f", with a margin of {claim.within:g}" if claim.within else ""
             rows.append(
                 [
                     f"{claim.claim}{margin} ({claim.source})",

@@ -468,7 +468,7 @@ CLAIM = {"claim": "a", "source": "b", "of": "shared", "against": "standard", "me
         ({"claims": [{**CLAIM, "against": "shared"}]}, "'shared' cannot be held against 'shared'"),
         ({"claims": [{**CLAIM, "of": "standard", "against": "narrow"}]}, "'standard' cannot be held against 'narrow'"),
         ({"claims": [{**CLAIM, "of": "reduced"}], "narrow": False}, "'a' is of no variant"),
-        ({"claims": [{**CLAIM, "expected": "same"}]}, "only same takes within"),
+        ({"claims": [{**CLAIM, "expected": "same"}]}, "within=0 must be above 0"),
     ],
 )
 def test_bad_comparisons_are_named(tmp_path, changes, message):

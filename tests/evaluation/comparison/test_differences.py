@@ -93,17 +93,21 @@ def test_what_a_record_measures():
 @pytest.mark.parametrize(
     ("student", "bootstrap", "expected", "within", "found"),
     [
-        ((-3, -1), (-2.5, -1.5), "lower", None, "supported"),
-        ((-3, -1), (-2.5, -1.5), "higher", None, "not supported: lower"),
-        ((-3, 1), (-2.5, -1.5), "lower", None, "not decided at this scale"),  # both intervals must agree
-        ((1, 3), None, "higher", None, "supported"),
+        ((-3, -1), (-2.5, -1.5), "lower", 0, "supported"),
+        ((-3, -1), (-2.5, -1.5), "higher", 0, "not supported: lower"),
+        ((-3, 1), (-2.5, -1.5), "lower", 0, "not decided at this scale"),  # both intervals must agree
+        ((1, 3), None, "higher", 0, "supported"),
         ((-0.1, 0.2), None, "same", 0.3, "supported"),
         ((-0.1, 0.4), None, "same", 0.3, "not decided at this scale"),
         ((0.4, 0.5), None, "same", 0.3, "not supported: higher"),
         ((-0.5, -0.4), None, "same", 0.3, "not supported: lower"),
-        ((0.4, 0.5), None, "lower", None, "not supported: higher"),
-        (None, None, "lower", None, "not decided at this scale"),
-        (None, (-3, -1), "lower", None, "not decided at this scale"),  # of a single seed
+        ((0.4, 0.5), None, "lower", 0, "not supported: higher"),
+        ((-0.1, 0.2), None, "lower", 0.3, "supported"),
+        ((-0.1, 0.2), None, "higher", 0.3, "supported"),
+        ((0.2, 0.4), None, "lower", 0.3, "not decided at this scale"),
+        ((-0.5, -0.4), None, "higher", 0.3, "not supported: lower"),
+        (None, None, "lower", 0, "not decided at this scale"),
+        (None, (-3, -1), "lower", 0, "not decided at this scale"),  # of a single seed
     ],
 )
 def test_verdicts(student, bootstrap, expected, within, found):
