@@ -15,8 +15,8 @@ _FINDINGS = """\
 Each claim is held against a difference that was measured here, with its 95 % intervals: of the paired bootstrap over
 seeds and documents (or paradigms), where there are any, and Student's over the seeds. It is *supported* if both lie
 where the claim says, *not supported* if both lie where it denies, and else *not decided at this scale*. *Higher* or
-*lower* says where that is: what was to be the same can be better. Differences within a claim's margin count as none. The
-models are small and have read little: nothing here is about larger ones.
+*lower* says where that is: what was to be the same can be better. Differences within a claim's margin count as none.
+The models are small and have read little: nothing here is about larger ones.
 """
 
 
