@@ -147,6 +147,7 @@ class Comparison:
     def _read(self, file: File):
         self.training = {**_DEFAULTS, **file.training}
         self.seeds = file.seeds
+        self.notes = file.notes.strip()  # for a reader of the results
         self.output_dir = Path(file.output_dir or f"runs/comparisons/{self.path.stem}")
         self.results_dir = Path(file.results_dir or self.output_dir / "results")
         self._check_training()

@@ -82,6 +82,7 @@ class File:
     sweep: dict[str, Any] | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     claims: list[Any] = field(default_factory=list)
+    notes: str = ""
     output_dir: str | None = None
     results_dir: str | None = None
 

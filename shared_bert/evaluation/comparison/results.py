@@ -96,12 +96,13 @@ def _provenance(results: Results) -> str:
 
     seeds = ", ".join(map(str, sorted({record["seed"] for record in results.every})))
     tokens = ", ".join(f"{tokens:,}" for tokens in sorted({record["tokens"] for record in results.every}))
+    notes = f"\n{results.comparison.notes}\n" if results.comparison.notes else ""
     return (
         f"{len(results.every)} runs of {tokens} tokens each, seeds {seeds}; {of('hardware')}, threads {of('threads')}"
         f", torch {of('torch')}, transformers {of('transformers')}, commit {of('commit')}, {of('date')}.\n"
         f"Each run's record is `records/VARIANT-SEED.json`.\n\n"
         f"```bash\npython scripts/compare.py {results.comparison.path}\n"
-        f"python scripts/compare.py {results.comparison.path} --redraw  # the same from the records\n```\n"
+        f"python scripts/compare.py {results.comparison.path} --redraw  # the same from the records\n```\n{notes}"
     )
 
 

@@ -106,6 +106,7 @@ def finished(tmp_path_factory):
         folder,
         evaluation=write_tasks(folder),
         claims=[{**claim, "against": "standard"}, {**claim, "against": "narrow"}],
+        notes="All are trained for a second.",
     )
     return folder, complete(path)
 
@@ -159,6 +160,7 @@ def test_tables_show_the_records(finished):
     assert f"| `shared` | {difference:+.3f} [" in text
     assert "`shared` − `narrow_28x57`" in text
     assert "it is smaller (here)" in text
+    assert "All are trained for a second." in text
     assert results.every[0]["commit"] in text
 
 
@@ -181,6 +183,7 @@ def test_findings_are_the_claims_of_all_comparisons(finished, tmp_path):
     assert "`shared` − `standard`" in text
     assert "`shared` − `narrow_28x57`" in text
     assert "**not decided at this scale**" in text
+    assert "All are trained for a second." in text
     assert "results.md" in text
 
 
