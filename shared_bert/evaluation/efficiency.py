@@ -7,6 +7,7 @@ median times. A training step is forward, backward and an AdamW update on the sa
 import datetime
 import multiprocessing
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -237,10 +238,12 @@ def compare_decoding(compared: dict[str, DecodingSettings], rounds: int = 9, war
 def take_turns(jobs: dict[str, Callable], rounds: int, warmup: int = 0) -> dict[str, list[float]]:
     """Return the seconds of each job in every round after the warm-up. A job must wait for the device."""
     times = {name: [] for name in jobs}
+    generator = random.Random(0)
     for _ in range(warmup + rounds):
-        for name, job in jobs.items():
+        # In another order each time, since the load of a machine can come and go as fast as the turns.
+        for name in generator.sample(list(jobs), len(jobs)):
             start = time.perf_counter()
-            job()
+            jobs[name]()
             times[name].append(time.perf_counter() - start)
     return {name: measured[warmup:] for name, measured in times.items()}
 

@@ -66,7 +66,7 @@ def _measured_speed(comparison: Comparison) -> float:
     return 3 * comparison.costs[variant.name].forward_flops * step.input_ids.numel() / seconds
 
 
-def measure_speed(comparison: Comparison, rounds: int = 15):
+def measure_speed(comparison: Comparison, rounds: int = 30):
     """Measure the training steps of all variants in turns, and write `speed.json` into `results_dir`."""
     steps = {variant.name: _Step(comparison, variant) for variant in comparison.variants}
     seconds = take_turns(steps, rounds, warmup=2)
