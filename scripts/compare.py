@@ -15,10 +15,10 @@ from shared_bert.evaluation.comparison import (
     ComparisonRunner,
     check_records,
     cost_report,
+    findings,
     has_records,
     measure_speed,
     take_own_device,
-    write_findings,
     write_results,
 )
 from shared_bert.evaluation.comparison.records import MAY_DIFFER
@@ -60,7 +60,8 @@ def main(arguments: list[str]):
             write_results(comparison)
             print(f"tables and plots are in {comparison.results_dir}")
     if parsed.findings:
-        write_findings(comparisons, parsed.findings)
+        parsed.findings.parent.mkdir(parents=True, exist_ok=True)
+        parsed.findings.write_text(findings(comparisons, parsed.findings.parent))
     if failed:
         raise ValueError(
             f"{len(failed)} runs have no record; call again to retry them: "

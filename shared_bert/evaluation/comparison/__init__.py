@@ -3,7 +3,7 @@
 from .comparison import Comparison
 from .cost import cost_report, measure_speed
 from .records import check_records, has_records
-from .results import write_findings, write_results
+from .results import findings, write_results
 from .runs import ComparisonRunner, take_own_device
 
 __all__ = [
@@ -11,9 +11,9 @@ __all__ = [
     "ComparisonRunner",
     "check_records",
     "cost_report",
+    "findings",
     "has_records",
     "measure_speed",
     "take_own_device",
-    "write_findings",
     "write_results",
 ]

@@ -9,7 +9,7 @@ from .comparison import Comparison, non_embedding
 from .differences import RESAMPLES, Difference, Measure, verdict
 from .gathering import Results
 from .plots import draw_curves, draw_differences, draw_pareto, draw_scores
-from .records import Record
+from .records import Record, difference_of
 
 _FINDINGS = """\
 Each claim is held against a difference that was measured here, with its 95 % intervals: of the paired bootstrap over
@@ -39,8 +39,8 @@ def write_results(comparison: Comparison):
     unfinished.replace(folder / "results.md")
 
 
-def write_findings(comparisons: Sequence[Comparison], path: Path):
-    """Write what all comparisons say of their claims to one page.
+def findings(comparisons: Sequence[Comparison], folder: Path) -> str:
+    """Return what all comparisons say of their claims as Markdown, for a page in a folder.
 
     Raises:
         ValueError: see `Results`.
@@ -48,10 +48,10 @@ def write_findings(comparisons: Sequence[Comparison], path: Path):
     parts = ["# Do the claims hold?\n", _FINDINGS]
     for results in map(Results, comparisons):
         name = results.comparison.path.stem
-        link = os.path.relpath(results.comparison.results_dir / "results.md", path.parent)
+        link = os.path.relpath(results.comparison.results_dir / "results.md", folder)
         parts += [f"## {name.capitalize()}\n", f"All numbers: [{link}]({link}).\n", _provenance(results)]
         parts += [claim_table(results)]
-    path.write_text("\n".join(parts))
+    return "\n".join(parts)
 
 
 def report(results: Results) -> str:
@@ -96,13 +96,16 @@ def _provenance(results: Results) -> str:
 
     seeds = ", ".join(map(str, sorted({record["seed"] for record in results.every})))
     tokens = ", ".join(f"{tokens:,}" for tokens in sorted({record["tokens"] for record in results.every}))
+    command, settings = f"python scripts/compare.py {results.comparison.path}", results.comparison.settings
+    redraw = f"{command} --redraw"
+    if any(difference_of(record["settings"], settings, "settings") for record in results.every):
+        redraw += " --may_differ settings"
     notes = f"\n{results.comparison.notes}\n" if results.comparison.notes else ""
     return (
         f"{len(results.every)} runs of {tokens} tokens each, seeds {seeds}; {of('hardware')}, threads {of('threads')}"
         f", torch {of('torch')}, transformers {of('transformers')}, commit {of('commit')}, {of('date')}.\n"
         f"Each run's record is `records/VARIANT-SEED.json`.\n\n"
-        f"```bash\npython scripts/compare.py {results.comparison.path}\n"
-        f"python scripts/compare.py {results.comparison.path} --redraw  # the same from the records\n```\n{notes}"
+        f"```bash\n{command}\n{redraw}  # the same from the records\n```\n{notes}"
     )
 
 
@@ -178,13 +181,14 @@ def claim_table(results: Results) -> str:
     rows = []
     for claim in results.comparison.claims:
         measure = by_key[claim.measure]
+        margin = f", with a margin of {claim.within:g}" if claim.within else ""
+        text = f"{claim.claim}{margin} ({claim.source})"
         for name in claim.of:
             against = results.comparison.narrow_of[name] if claim.against == "narrow" else claim.against
             found = results.difference(measure, name, against)
-            margin = f", with a margin of {claim.within:g}" if claim.within else ""
             rows.append(
                 [
-                    f"{claim.claim}{margin} ({claim.source})",
+                    text if name == claim.of[0] else "",
                     f"{measure.title}: `{name}` − `{against}`",
                     format_difference(found, measure),
                     f"**{verdict(found, claim.expected, claim.within)}**",

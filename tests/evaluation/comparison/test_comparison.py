@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from shared_bert import SharedBertConfig, SharedBertForMaskedLM
-from shared_bert.evaluation.comparison import Comparison, ComparisonRunner, check_records, write_results
+from shared_bert.evaluation.comparison import (
+    Comparison,
+    ComparisonRunner,
+    check_records,
+    findings,
+    has_records,
+    write_results,
+)
 from shared_bert.evaluation.comparison.comparison import non_embedding
 from shared_bert.evaluation.comparison.gathering import Results
 from shared_bert.evaluation.comparison.narrowing import narrower_fields
@@ -174,12 +181,20 @@ def test_records_alone_make_the_same_files(finished, tmp_path):
     assert {name: (tmp_path / name).read_bytes() for name in files} == before
 
 
+def test_records_of_other_settings_are_said_to_be(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / "records").symlink_to(folder / "results" / "records")
+    changes = {"results_dir": str(tmp_path), "training": {**TRAINING, "train_file": "elsewhere.txt"}}
+    assert "--redraw --may_differ settings" in report(Results(Comparison(folder / "small.yaml", **changes)))
+    assert "--may_differ" not in (folder / "results" / "results.md").read_text()
+
+
 def test_findings_are_the_claims_of_all_comparisons(finished, tmp_path):
     folder, _ = finished
     main = runpy.run_path(str(SCRIPT))["main"]
-    findings = tmp_path / "findings.md"
-    assert main([str(folder / "small.yaml"), "--redraw", "--findings", str(findings)]) == 0
-    text = findings.read_text()
+    page = tmp_path / "new" / "findings.md"
+    assert main([str(folder / "small.yaml"), "--redraw", "--findings", str(page)]) == 0
+    text = page.read_text()
     assert "`shared` − `standard`" in text
     assert "`shared` − `narrow_28x57`" in text
     assert "**not decided at this scale**" in text
@@ -549,3 +564,11 @@ def test_committed_results_are_those_of_their_records(path, tmp_path, monkeypatc
     write_results(again)
     for file in tmp_path.glob("*.*"):
         assert file.read_bytes() == (committed / file.name).read_bytes(), file.name
+
+
+def test_committed_findings_are_those_of_the_records(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    comparisons = [Comparison(path) for path in COMPARISONS]
+    committed = [one for one in comparisons if one.results_dir.parts[0] == "model_cards" and has_records(one)]
+    page = Path("model_cards/findings.md")
+    assert page.read_text() == findings(committed, page.parent)
