@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shared_bert.command_line import reports_user_errors
 from shared_bert.evaluation.comparison import (
+    MAY_DIFFER,
     Comparison,
     ComparisonRunner,
     check_records,
@@ -21,7 +22,6 @@ from shared_bert.evaluation.comparison import (
     take_own_device,
     write_results,
 )
-from shared_bert.evaluation.comparison.records import MAY_DIFFER
 
 
 @reports_user_errors
@@ -38,7 +38,9 @@ def main(arguments: list[str]):
         "--redraw", action="store_true", help="write tables and plots from the records, and train nothing"
     )
     parser.add_argument("--findings", type=Path, help="a page that is written with the claims of all comparisons")
-    parser.add_argument("--may_differ", nargs="+", choices=MAY_DIFFER, default=[], help="what of older records may")
+    parser.add_argument(
+        "--may_differ", nargs="+", choices=MAY_DIFFER, default=[], help="in what records may differ from the file"
+    )
     parsed = parser.parse_args(arguments)
     changes = {name: getattr(parsed, name) for name in ("output_dir", "results_dir") if getattr(parsed, name)}
     failed = {}
@@ -55,13 +57,13 @@ def main(arguments: list[str]):
             if parsed.cost:
                 continue
             runner.run()
-            failed |= runner.failed
+            failed |= {f"{comparison.path.stem}, {name}": error for name, error in runner.failed.items()}
         if has_records(comparison) or parsed.redraw:
             write_results(comparison)
             print(f"tables and plots are in {comparison.results_dir}")
     if parsed.findings:
         parsed.findings.parent.mkdir(parents=True, exist_ok=True)
-        parsed.findings.write_text(findings(comparisons, parsed.findings.parent))
+        parsed.findings.write_text(findings(comparisons, parsed.findings))
     if failed:
         raise ValueError(
             f"{len(failed)} runs have no record; call again to retry them: "

@@ -49,7 +49,7 @@ _DEFAULTS = {
 }
 
 
-@dataclass(frozen=True, eq=False)  # each is itself, also as a key
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, since its fields are dicts
 class Variant:
     """One model of a comparison.
 
@@ -153,14 +153,15 @@ class Comparison:
         self._check_training()
         self.model = {**({} if "vocab_size" in file.model else {"vocab_size": self._vocab_size()}), **file.model}
         self.sweep = None if file.sweep is None else read_part(Sweep, file.sweep, "sweep")
-        if self.sweep is not None and self.sweep.seed is None:
+        if self.sweep is not None:
             # A seed of its own, so that what is reported is not what was chosen by.
-            self.sweep.seed = max(self.seeds) + 1
-        if self.sweep is not None and (self.sweep.seed in self.seeds or not 0 <= self.sweep.seed <= MAX_SEED):
-            raise ValueError(f"sweep: seed={self.sweep.seed} must be another than the seeds that are reported")
+            self.sweep.seed = max(self.seeds) + 1 if self.sweep.seed is None else self.sweep.seed
+            if self.sweep.seed in self.seeds or not 0 <= self.sweep.seed <= MAX_SEED:
+                raise ValueError(
+                    f"sweep: seed={self.sweep.seed} must be from 0 to {MAX_SEED}, and none of those that are reported"
+                )
         self.variants = [self._read_variant(stated) for stated in file.variants]
         self.baseline = self.variants[0].name if file.baseline is None else file.baseline
-        self._check_names()
         if self.baseline not in (names := [variant.name for variant in self.variants]):
             raise ValueError(f"baseline={self.baseline!r} is none of the variants {', '.join(names)}")
         self.costs = {variant.name: self._cost(variant) for variant in self.variants}
@@ -168,7 +169,7 @@ class Comparison:
         self.narrow_of: dict[str, str] = {}
         if file.narrow:
             self._add_narrower()
-            self._check_names()
+        self._check_names()
         self._read_evaluation(file.evaluation)
         self.claims = [self._read_claim(stated) for stated in file.claims]
         for variant in self.variants:
@@ -178,13 +179,8 @@ class Comparison:
     @property
     def settings(self) -> dict[str, Any]:
         """What all records of a comparison must agree in."""
-        return {"training": self.training, "sweep": self._stated_sweep, "evaluation": self._stated_evaluation}
-
-    @property
-    def _stated_sweep(self) -> dict[str, Any]:
-        if self.sweep is None:
-            return {}
-        return {name: value for name, value in vars(self.sweep).items() if value is not None}
+        sweep = vars(self.sweep) if self.sweep else {}
+        return {"training": self.training, "sweep": sweep, "evaluation": self._stated_evaluation}
 
     @property
     def objective(self) -> str:

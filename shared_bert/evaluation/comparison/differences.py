@@ -144,14 +144,14 @@ def bootstrap_interval(differences: np.ndarray, sizes: np.ndarray) -> tuple[floa
     return float(low), float(high)
 
 
-def verdict(found: Difference | None, expected: str, within: float = 0) -> str:
-    """Return whether a difference bears a claim out: "supported", "not supported: lower" (or "higher", which is what
-    was measured) or "not decided at this scale".
+def verdict(found: Difference | None, expected: str, within: float = 0, lower_is_better: bool = True) -> str:
+    """Return whether a difference bears a claim out: "supported", "not supported: better" (or "worse"), or "not
+    decided at this scale".
 
     Args:
         expected: "lower", "higher" or "same".
-        within: the largest difference that counts as none: what is to be lower is to be below it, what is to be higher
-            above minus it.
+        within: how far what should be the same may differ, what should be lower may be higher, or the reverse.
+        lower_is_better: of what differs.
     """
     least, most = {"lower": (-np.inf, within), "higher": (-within, np.inf), "same": (-within, within)}[expected]
     if found is not None and found.interval is not None:
@@ -159,5 +159,5 @@ def verdict(found: Difference | None, expected: str, within: float = 0) -> str:
         if least < low and high < most:
             return "supported"
         if high < least or low > most:
-            return f"not supported: {'lower' if high < least else 'higher'}"
+            return f"not supported: {'better' if (high < least) == lower_is_better else 'worse'}"
     return "not decided at this scale"

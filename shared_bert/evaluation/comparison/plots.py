@@ -69,7 +69,7 @@ def _legend(figure: Figure, place: str, columns: int = 3):
 
 
 def draw_pareto(results: Results) -> Figure:
-    """Return a plot of loss against parameters and time of training, with the lines that no variant is below."""
+    """Return a plot of loss against parameters and time of training, with the Pareto fronts."""
     measure = results.measures[0]
     figure = Figure(figsize=(11, 5.6), dpi=_DPI, layout="constrained")
     looks = _looks([*results.records])
@@ -125,7 +125,7 @@ def draw_differences(results: Results) -> Figure:
     figure = _rows(results, draw)
     for axes in figure.axes:
         axes.axvline(0, color="#555555", linewidth=1, zorder=0)
-    figure.supxlabel(f"difference from {baseline}, 95 % interval", fontsize="medium")
+    figure.supxlabel(f"difference from {baseline}, range of both 95 % intervals", fontsize="medium")
     return figure
 
 

@@ -1,7 +1,7 @@
 """Where the records of a comparison are, and what they must agree in."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,15 @@ def check_records(comparison: Comparison, may_differ: Collection[str] = ()):
                 raise ValueError(
                     f"{path} is a record of {found}: name another results_dir, or give --may_differ {name}"
                 )
+
+
+def differing_in(comparison: Comparison, records: Sequence[Record]) -> list[str]:
+    """Return which of "settings" and "variant" is not that of the comparison in some record."""
+    identities = {variant.name: variant.identity for variant in comparison.variants}
+    wanted = {"settings": lambda record: comparison.settings, "variant": lambda record: identities[record["name"]]}
+    return [
+        name for name, of in wanted.items() if any(difference_of(record[name], of(record), name) for record in records)
+    ]
 
 
 def difference_of(found: Any, wanted: Any, where: str) -> str | None:

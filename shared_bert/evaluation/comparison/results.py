@@ -9,14 +9,17 @@ from .comparison import Comparison, non_embedding
 from .differences import RESAMPLES, Difference, Measure, verdict
 from .gathering import Results
 from .plots import draw_curves, draw_differences, draw_pareto, draw_scores
-from .records import Record, difference_of
+from .records import Record, differing_in
 
 _FINDINGS = """\
 Each claim is held against a difference that was measured here, with its 95 % intervals: of the paired bootstrap over
-seeds and documents (or paradigms), where there are any, and Student's over the seeds. It is *supported* if both lie
-where the claim says, *not supported* if both lie where it denies, and else *not decided at this scale*. *Higher* or
-*lower* says where that is: what was to be the same can be better. Differences within a claim's margin count as none.
-The models are small and have read little: nothing here is about larger ones.
+seeds and documents (or paradigms), where there are any, and Student's over the seeds. It is *supported* if both
+intervals lie wholly where the claim says, *not supported* if both lie wholly elsewhere, and else *not decided at this
+scale*. *Better* or *worse* says how the first model differs: one that should be the same can be better. A margin
+widens the claim: what should be the same may differ by as much, and what should be lower may be higher by as much.
+
+The models are small and have read little: nothing here is about larger ones. With three seeds, a claim of "the same"
+can hardly be supported, and of so many verdicts at 95 % a few are chance.
 """
 
 
@@ -30,27 +33,31 @@ def write_results(comparison: Comparison):
     folder = comparison.results_dir
     pictures = {"scores": draw_scores, "differences": draw_differences, "curves": draw_curves, "pareto": draw_pareto}
     for name, draw in pictures.items():
-        unfinished = folder / f"{name}.unfinished"
+        # Processes that shared the runs may all write at once.
+        unfinished = folder / f"{name}.{os.getpid()}.unfinished"
         # Without the version of matplotlib, so that the same records make the same file.
         draw(results).savefig(unfinished, format="png", metadata={"Software": None})
         unfinished.replace(folder / f"{name}.png")
-    unfinished = folder / "results.unfinished"
+    unfinished = folder / f"results.{os.getpid()}.unfinished"
     unfinished.write_text(report(results))
     unfinished.replace(folder / "results.md")
 
 
-def findings(comparisons: Sequence[Comparison], folder: Path) -> str:
-    """Return what all comparisons say of their claims as Markdown, for a page in a folder.
+def findings(comparisons: Sequence[Comparison], page: Path) -> str:
+    """Return what all comparisons say of their claims as Markdown.
+
+    Args:
+        page: where it will be, for its links.
 
     Raises:
         ValueError: see `Results`.
     """
-    parts = ["# Do the claims hold?\n", _FINDINGS]
-    for results in map(Results, comparisons):
-        name = results.comparison.path.stem
-        link = os.path.relpath(results.comparison.results_dir / "results.md", folder)
-        parts += [f"## {name.capitalize()}\n", f"All numbers: [{link}]({link}).\n", _provenance(results)]
-        parts += [claim_table(results)]
+    every = [Results(comparison) for comparison in comparisons]
+    parts = ["# Do the claims hold?\n", _FINDINGS, f"```bash\n{_redraw_command(every)} --findings {page}\n```\n"]
+    for results in every:
+        name = results.comparison.path.stem.replace("_", " ").capitalize()
+        link = os.path.relpath(results.comparison.results_dir / "results.md", page.parent)
+        parts += [f"## {name}\n", f"All numbers: [{link}]({link}).\n", _provenance(results), claim_table(results)]
     return "\n".join(parts)
 
 
@@ -60,12 +67,15 @@ def report(results: Results) -> str:
     parts = [
         f"# {comparison.path.stem}\n",
         _provenance(results),
-        "Mean ± standard deviation over the seeds. *Kept* counts parameters outside the embeddings.",
+        "Each run's record is `records/VARIANT-SEED.json`.\n",
+        f"```bash\npython scripts/compare.py {comparison.path}",
+        f"{_redraw_command([results])}  # the same from the records\n```\n",
+        "Mean ± standard deviation over the seeds. Parameters are those outside the embeddings.",
         f"{_speed(results)}\n",
         score_table(results),
     ]
     if comparison.sweep:
-        parts += ["Options chosen by the sweep, by the evaluation loss of a seed of its own:\n", _sweep_table(results)]
+        parts += [_sweep_table(results)]
     parts += ["![scores](scores.png)\n"]
     differences = {name: baseline for name in results.records if name != baseline}
     intervals = (
@@ -96,17 +106,18 @@ def _provenance(results: Results) -> str:
 
     seeds = ", ".join(map(str, sorted({record["seed"] for record in results.every})))
     tokens = ", ".join(f"{tokens:,}" for tokens in sorted({record["tokens"] for record in results.every}))
-    command, settings = f"python scripts/compare.py {results.comparison.path}", results.comparison.settings
-    redraw = f"{command} --redraw"
-    if any(difference_of(record["settings"], settings, "settings") for record in results.every):
-        redraw += " --may_differ settings"
     notes = f"\n{results.comparison.notes}\n" if results.comparison.notes else ""
     return (
         f"{len(results.every)} runs of {tokens} tokens each, seeds {seeds}; {of('hardware')}, threads {of('threads')}"
-        f", torch {of('torch')}, transformers {of('transformers')}, commit {of('commit')}, {of('date')}.\n"
-        f"Each run's record is `records/VARIANT-SEED.json`.\n\n"
-        f"```bash\n{command}\n{redraw}  # the same from the records\n```\n{notes}"
+        f", torch {of('torch')}, transformers {of('transformers')}, commit {of('commit')}, {of('date')}.\n{notes}"
     )
+
+
+def _redraw_command(every: Sequence[Results]) -> str:
+    files = [str(results.comparison.path) for results in every]
+    differing = sorted({name for results in every for name in differing_in(results.comparison, results.every)})
+    options = ["--may_differ", *differing] if differing else []
+    return " ".join(["python scripts/compare.py", *files, "--redraw", *options])
 
 
 def _speed(results: Results) -> str:
@@ -145,14 +156,16 @@ def _mean_and_deviation(measure: Measure, records: list[Record]) -> str:
 
 def _sweep_table(results: Results) -> str:
     """Return what the sweep has chosen for each variant, with a mark where that is the end of its range."""
-    tried, rows = results.comparison.sweep.tried, []
+    sweep, rows = results.comparison.sweep, []
+    steps, tried = sweep.max_steps or results.comparison.training["max_steps"], sweep.tried
     for name, records in results.records.items():
         cells = []
         for option, values in tried.items():
             at_end = len(values) > 1 and records[0][option] in (min(values), max(values))
             cells.append(f"{records[0][option]:g}{' (end of the range)' * at_end}")
         rows.append([f"`{name}`", *cells])
-    return _table(["variant", *(option.replace("_", " ") for option in tried)], rows)
+    table = _table(["variant", *(option.replace("_", " ") for option in tried)], rows)
+    return f"Options with the lowest evaluation loss after {steps:,} steps with seed {sweep.seed}:\n\n{table}"
 
 
 def difference_table(results: Results, pairs: dict[str, str]) -> str:
@@ -191,7 +204,7 @@ def claim_table(results: Results) -> str:
                     text if name == claim.of[0] else "",
                     f"{measure.title}: `{name}` − `{against}`",
                     format_difference(found, measure),
-                    f"**{verdict(found, claim.expected, claim.within)}**",
+                    f"**{verdict(found, claim.expected, claim.within, measure.lower_is_better)}**",
                 ]
             )
     return _table(["claim", "measured", "difference", "verdict"], rows)

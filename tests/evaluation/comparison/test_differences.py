@@ -94,24 +94,26 @@ def test_what_a_record_measures():
     ("student", "bootstrap", "expected", "within", "found"),
     [
         ((-3, -1), (-2.5, -1.5), "lower", 0, "supported"),
-        ((-3, -1), (-2.5, -1.5), "higher", 0, "not supported: lower"),
+        ((-3, -1), (-2.5, -1.5), "higher", 0, "not supported: better"),
         ((-3, 1), (-2.5, -1.5), "lower", 0, "not decided at this scale"),  # both intervals must agree
         ((1, 3), None, "higher", 0, "supported"),
         ((-0.1, 0.2), None, "same", 0.3, "supported"),
         ((-0.1, 0.4), None, "same", 0.3, "not decided at this scale"),
-        ((0.4, 0.5), None, "same", 0.3, "not supported: higher"),
-        ((-0.5, -0.4), None, "same", 0.3, "not supported: lower"),
-        ((0.4, 0.5), None, "lower", 0, "not supported: higher"),
+        ((0.4, 0.5), None, "same", 0.3, "not supported: worse"),
+        ((-0.5, -0.4), None, "same", 0.3, "not supported: better"),
+        ((0.4, 0.5), None, "lower", 0, "not supported: worse"),
         ((-0.1, 0.2), None, "lower", 0.3, "supported"),
         ((-0.1, 0.2), None, "higher", 0.3, "supported"),
         ((0.2, 0.4), None, "lower", 0.3, "not decided at this scale"),
-        ((-0.5, -0.4), None, "higher", 0.3, "not supported: lower"),
+        ((-0.5, -0.4), None, "higher", 0.3, "not supported: better"),
         (None, None, "lower", 0, "not decided at this scale"),
         (None, (-3, -1), "lower", 0, "not decided at this scale"),  # of a single seed
     ],
 )
 def test_verdicts(student, bootstrap, expected, within, found):
     assert verdict(Difference(0.0, student, bootstrap), expected, within) == found
+    if found.endswith("better"):
+        assert verdict(Difference(0.0, student, bootstrap), expected, within, False).endswith("worse")
     assert verdict(None, expected, within) == "not decided at this scale"
 
 
