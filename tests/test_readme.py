@@ -315,6 +315,13 @@ def test_conversions_of_the_readme_are_measured():
         assert spearman in figures
 
 
+def test_compared_decoders_are_the_kept_result():
+    text = (ROOT / "model_cards" / "comparisons" / "decoders" / "results.md").read_text()
+    losses = dict(re.findall(r"^\| `(\w+)` \| [\d,]+ \| [\d.]+% \| [\d,]+ \| ([\d.]+) ±", text, re.M))
+    (row,) = re.findall(r"^\| `shared` decoder .*$", README, re.M)
+    assert re.findall(r"\d\.\d{3}", row) == [losses[name] for name in ("standard", "narrow_224x432", "shared")]
+
+
 def test_overhead_is_the_kept_result():
     for row in kept("benchmark_depth_cpu.json")["results"]:
         overhead = f"{1 / statistics.median(row['speedup_quartiles']) - 1:+.1%}".replace("%", " %").replace("-", "−")
