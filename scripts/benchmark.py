@@ -1,6 +1,6 @@
 """Compare this package with stock transformers, and depth sharing with separate layers.
 
-python scripts/benchmark.py train                      # the table of the README, on this machine
+python scripts/benchmark.py train                      # a training step of both tasks
 python scripts/benchmark.py train --task mlm --shapes 8x128 --scheme pairwise
 python scripts/benchmark.py train --device cuda --precision bf16 --compile
 python scripts/benchmark.py memory                     # of a training step, without its time

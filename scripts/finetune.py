@@ -4,7 +4,7 @@ python scripts/finetune.py configs/finetune/glue.yaml --model runs/mine --tasks 
 python scripts/finetune.py configs/finetune/glue.yaml --model google-bert/bert-base-uncased --data_dir path/to/glue
 python scripts/finetune.py configs/finetune/squad.yaml --model runs/mine --train_file A.json --validation_file B.json
 python scripts/finetune.py configs/finetune/text.yaml --model runs/mine --train_file A.json --validation_file B.json
-python scripts/finetune.py configs/finetune/tokens.yaml --model runs/mine --dataset_name eriktks/conll2003
+python scripts/finetune.py configs/finetune/tokens.yaml --model runs/mine --dataset_name NAME --label_column ner_tags
 
 Runs that have a record in OUTPUT_DIR are skipped, so an interrupted command continues.
 """

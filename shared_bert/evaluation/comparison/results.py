@@ -18,6 +18,9 @@ intervals lie wholly where the claim says, *not supported* if both lie wholly el
 scale*. *Better* or *worse* says how the first model differs: one that should be the same can be better. A margin
 widens the claim: what should be the same may differ by as much, and what should be lower may be higher by as much.
 
+Differences are those of the first model minus the second, the bootstrap's interval before Student's. Losses are in nats
+per token, scores in points. `narrow_AxB` is a standard model A wide, with an MLP of B.
+
 The models are small and have read little: nothing here is about larger ones. With three seeds, a claim of "the same"
 can hardly be supported, and of so many verdicts at 95 % a few are chance.
 """
@@ -68,9 +71,11 @@ def report(results: Results) -> str:
         f"# {comparison.path.stem}\n",
         _provenance(results),
         "Each run's record is `records/VARIANT-SEED.json`.\n",
-        f"```bash\npython scripts/compare.py {comparison.path}",
-        f"{_redraw_command([results])}  # the same from the records\n```\n",
-        "Mean ± standard deviation over the seeds. Parameters are those outside the embeddings.",
+        f"```bash\npython scripts/compare.py {comparison.path} --results_dir runs/again  # all runs from the start",
+        f"{_redraw_command([results])}  # this page from the records\n```\n",
+        f"The fields of each variant are in `{comparison.path}`; `narrow_AxB` is a standard model A wide, with an MLP",
+        "of B.",
+        "Means ± standard deviations over the seeds; losses in nats per token, parameters outside the embeddings.",
         f"{_speed(results)}\n",
         score_table(results),
     ]
@@ -126,7 +131,7 @@ def _speed(results: Results) -> str:
     speed = results.speed
     return (
         f"Speed is that of training steps of all variants in turns, medians of {speed['rounds']}: "
-        f"{speed['hardware']}, threads {speed['threads']}, commit {speed['commit']}."
+        f"{speed['hardware']}, threads {speed['threads']}, commit {speed['commit']}, {speed['date']} (`--speed`)."
     )
 
 
