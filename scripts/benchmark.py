@@ -374,7 +374,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--output", type=Path)
     command.set_defaults(run=deploy, device="cpu", output=Path("runs/benchmark_deploy.json"))
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.output.suffix != ".json":  # tables and plots are written beside it
+        raise ValueError(f"--output {parsed.output} must end in .json")
+    return parsed
 
 
 def add_task_options(command: argparse.ArgumentParser, task: str, rows: int):

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from shared_bert.command_line import reports_user_errors
+from shared_bert.evaluation import load_pairs
 from shared_bert.evaluation.decoder_conversions import SAVED, DecoderConversions
 
 
@@ -51,11 +52,7 @@ def main(arguments: list[str]):
     model = AutoModelForCausalLM.from_pretrained(parsed.model, dtype=torch.float32, **options)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     texts = pq.read_table(parsed.held_out)["text"].to_pylist()[: parsed.texts]
-    seen, pairs = {}, []
-    for pair in pq.read_table(parsed.blimp).to_pylist():
-        seen[pair["UID"]] = seen.get(pair["UID"], 0) + 1
-        if seen[pair["UID"]] <= parsed.pairs:
-            pairs.append(pair)
+    pairs = load_pairs(str(parsed.blimp), parsed.pairs)
     experiment = DecoderConversions(
         model, tokenizer, texts, pairs, parsed.text, parsed.heal_steps, parsed.calibration_tokens
     )

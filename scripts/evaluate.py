@@ -17,13 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+import torch
 from transformers import AutoModelForSequenceClassification
 
 from shared_bert.command_line import reports_user_errors
 from shared_bert.data import load_documents, load_tokenizer
 from shared_bert.data.tasks import glue_task, load_glue
-from shared_bert.evaluation import blimp_accuracy, environment, perplexity
+from shared_bert.evaluation import blimp_accuracy, environment, load_pairs, perplexity
 from shared_bert.evaluation.records import load_compared, write_scores
 from shared_bert.evaluation.robustness import (
     NOISE_LEVELS,
@@ -41,10 +41,15 @@ def validation_rows(name: str, parsed: argparse.Namespace):
     return rows if parsed.max_rows is None else rows.select(range(min(parsed.max_rows, len(rows))))
 
 
-def load_classifier(name_or_path: str):
-    return AutoModelForSequenceClassification.from_pretrained(
+def load_classifier(name_or_path: str, device: str):
+    model = AutoModelForSequenceClassification.from_pretrained(
         name_or_path, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    )
+    return model.eval().to(device)
+
+
+def load_language_model(name_or_path: str, device: str):
+    return load_any_model(name_or_path).eval().to(device)
 
 
 def seeds_of(name_or_path: str, task: str) -> list[str]:
@@ -56,7 +61,7 @@ def noise(name_or_path: str, parsed: argparse.Namespace) -> list[dict[str, Any]]
     rows = validation_rows(parsed.task, parsed)
     found = []
     for path in seeds_of(name_or_path, parsed.task):
-        model, tokenizer = load_classifier(path), load_tokenizer(path)
+        model, tokenizer = load_classifier(path, parsed.device), load_tokenizer(path)
         found.append(
             noise_accuracy(
                 model, tokenizer, rows, parsed.task, parsed.levels, parsed.draws, max_length=parsed.max_length
@@ -72,7 +77,7 @@ def cross_domain(name_or_path: str, parsed: argparse.Namespace) -> dict[str, dic
     rows = {name: validation_rows(name, parsed) for name in parsed.on.split(",")}
     found = []
     for path in seeds_of(name_or_path, parsed.task):
-        model, tokenizer = load_classifier(path), load_tokenizer(path)
+        model, tokenizer = load_classifier(path, parsed.device), load_tokenizer(path)
         found.append(cross_domain_accuracy(model, tokenizer, parsed.task, rows, max_length=parsed.max_length))
     results = {name: spread([of_seed[name] for of_seed in found]) for name in rows}
     for name, result in results.items():
@@ -81,24 +86,18 @@ def cross_domain(name_or_path: str, parsed: argparse.Namespace) -> dict[str, dic
 
 
 def blimp(name_or_path: str, parsed: argparse.Namespace) -> dict[str, Any]:
-    model, tokenizer = load_any_model(name_or_path).eval(), load_tokenizer(name_or_path)
-    rows = load_dataset("parquet", data_files=parsed.pairs, split="train").to_list()
-    if parsed.max_pairs is not None:
-        of_paradigm = {}
-        for row in rows:
-            of_paradigm.setdefault(row["UID"], []).append(row)
-        rows = [row for pairs in of_paradigm.values() for row in pairs[: parsed.max_pairs]]
-    results = blimp_accuracy(model, tokenizer, rows, parsed.within_word)
+    model, tokenizer = load_language_model(name_or_path, parsed.device), load_tokenizer(name_or_path)
+    results = blimp_accuracy(model, tokenizer, load_pairs(parsed.pairs, parsed.max_pairs), parsed.within_word)
     for name, accuracy in {**results["by_phenomenon"], "all": results["overall"]["accuracy"]}.items():
         print(f"  {name}: {accuracy:.2%}")
     return results
 
 
 def perplexity_of(name_or_path: str, parsed: argparse.Namespace) -> dict[str, float]:
-    model, tokenizer = load_any_model(name_or_path).eval(), load_tokenizer(name_or_path)
+    model, tokenizer = load_language_model(name_or_path, parsed.device), load_tokenizer(name_or_path)
     # The file is its own validation text, so that no text is split off.
     documents = load_documents(train_file=parsed.text, validation_file=parsed.text)["train"]
-    results = perplexity(model, tokenizer, documents["text"], parsed.stride, parsed.window)
+    results = perplexity(model, tokenizer, documents["text"], parsed.window, parsed.stride)
     print(f"  perplexity {results['per_token']:.2f} per token, {results['per_word']:.2f} per word")
     return results
 
@@ -113,6 +112,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             "--model", required=True, help="folders, names on the Hub, or earlier outputs (.json), by commas"
         )
         command.add_argument("--output", type=Path, default=Path("runs", f"{name}.json"))
+        if run is not None:
+            command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.set_defaults(run=run, main=evaluate_models)
         return command
 
@@ -169,7 +170,7 @@ def read_earlier(path: Path, options: dict[str, str]) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an output of this command: {error!r}") from error
     for name, value in options.items():
-        if name not in ("model", "output") and earlier.get(name) != value:
+        if name not in ("model", "output", "device") and earlier.get(name) != value:
             raise ValueError(f"{path} was measured with {name}={earlier.get(name)}, not {value}")
     return record
 
@@ -185,7 +186,7 @@ def evaluate_models(parsed: argparse.Namespace):
         print(name_or_path, flush=True)
         results[name_or_path] = parsed.run(name_or_path, parsed)
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"options": options, **environment("cpu"), "earlier": earlier, "results": results}
+    record = {"options": options, **environment(parsed.device), "earlier": earlier, "results": results}
     parsed.output.write_text(json.dumps(record, indent=2) + "\n")
     if parsed.run is noise:
         draw_noise(results, parsed.task, parsed.output.with_suffix(".png"))

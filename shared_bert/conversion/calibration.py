@@ -67,7 +67,7 @@ def counting_inputs(
 
 
 @contextmanager
-def evaluating(model: nn.Module, hooks: Iterable) -> Iterator[None]:
+def evaluating(model: nn.Module, hooks: Iterable = ()) -> Iterator[None]:
     """Put a model into eval mode; restore its mode and remove `hooks` in the end."""
     was_training = model.training
     model.eval()

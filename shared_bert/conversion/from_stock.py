@@ -123,7 +123,8 @@ def _new_config(
 
 def _check_finite(layers: list[DenseAttention]):
     for i, layer in enumerate(layers):
-        if not all(role.weight.isfinite().all() for role in (layer.query, layer.key, layer.value, layer.output)):
+        roles = (layer.query, layer.key, layer.value, layer.output)
+        if not all(tensor.isfinite().all() for role in roles for tensor in (role.weight, role.bias)):
             raise ValueError(f"the attention of layer {i} has weights that are NaN or infinite")
 
 

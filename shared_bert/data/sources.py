@@ -137,7 +137,7 @@ def _find_files(patterns: Sequence[str | Path]) -> list[Path]:
 
 
 def _check_file(file: Path, text_column: str) -> None:
-    """Read enough of a file to raise the loader's error with the file's name."""
+    """Raise the loader's error with the file's name, if the beginning of a file, at most 1 MiB, cannot be read."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty")
     try:
@@ -146,8 +146,7 @@ def _check_file(file: Path, text_column: str) -> None:
         else:
             with file.open(encoding="utf-8", newline="") as lines:
                 columns = [text_column] if file.suffix == ".txt" else list(_first_json_object(lines))
-                while lines.read(1 << 20):
-                    pass
+                lines.read(1 << 20)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, pa.ArrowException) as error:
         raise ValueError(f"{file} cannot be read as {FORMATS[file.suffix]}: {error}") from error
     if text_column not in columns:

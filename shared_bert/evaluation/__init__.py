@@ -1,7 +1,7 @@
 """Measurements: a model's cost, speed and quality."""
 
 from .efficiency import StepSettings, TrainingStep, compare_training_steps, environment, peak_memory
-from .likelihood import DocumentLosses, blimp_accuracy, document_losses, perplexity, sentence_scores
+from .likelihood import DocumentLosses, blimp_accuracy, document_losses, load_pairs, perplexity, sentence_scores
 from .parameters import Cost, cost_table, load_config, model_cost
 from .sentence_similarity import sentence_embeddings, similarity_spearman
 
@@ -16,6 +16,7 @@ __all__ = [
     "document_losses",
     "environment",
     "load_config",
+    "load_pairs",
     "model_cost",
     "peak_memory",
     "perplexity",

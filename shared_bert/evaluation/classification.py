@@ -13,34 +13,32 @@ from ..training.arguments import FinetuningArguments, option, read_overrides
 from ..training.finetuning import HEADS, check_max_length, check_model, finetune
 from ..training.metrics import check_metrics, task_metrics
 from .efficiency import environment
-from .records import check_settings, load_records, parse_seeds, record_path, run_settings, save_record, write_scores
+from .records import (
+    SeededArguments,
+    check_settings,
+    load_records,
+    record_path,
+    run_settings,
+    save_record,
+    write_scores,
+)
 
 
 @dataclass(kw_only=True)
-class ClassificationArguments:
+class ClassificationArguments(SeededArguments):
     """What is fine-tuned.
 
     Raises:
-        ValueError: a seed that is not a number.
+        ValueError: see `SeededArguments`.
     """
 
     model: str = field(metadata={"help": "A folder, or a name on the Hub: of this package or of transformers."})
-    seeds: str = option("0", "Seeds, separated by commas.")
     tokenizer_name: str | None = option(None, "Else the model's own.")
     max_length: int = option(128, "Tokens per row at most.")
     pad_to_max_length: bool = option(False, "Pad all rows to one length, not each batch to its own.")
     epoch: str = option(
         "last", "Which epoch counts: last, or the best on the validation data.", choices=["last", "best"]
     )
-    config_overrides: str | None = option(None, "Config fields, such as dropouts: a=1,b=x.")
-    max_train_samples: int | None = option(None, "Train on no more rows than this.")
-    max_eval_samples: int | None = option(None, "Evaluate on no more rows than this.")
-
-    def __post_init__(self):
-        self.seed_numbers = parse_seeds(self.seeds)
-        for name in ("max_train_samples", "max_eval_samples"):
-            if (most := getattr(self, name)) is not None and most < 1:
-                raise ValueError(f"{name}={most} must be 1 or more")
 
 
 @dataclass(kw_only=True)
@@ -105,8 +103,9 @@ class TaskArguments(ClassificationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if bool(self.dataset_name) == bool(self.train_file and self.validation_file):
-            raise ValueError("no data is named: give train_file and validation_file, or else dataset_name")
+        files = self.train_file, self.validation_file
+        if any(files) if self.dataset_name else not all(files):
+            raise ValueError("give either train_file and validation_file, or dataset_name")
         self.texts = _names(self.text_columns) or (("tokens",) if self.kind == "tokens" else ("text",))
         self.choices = _names(self.choice_columns)
         most = 1 if self.kind == "tokens" else 2

@@ -13,6 +13,7 @@ from ..data import calibration_batches, load_documents
 from ..modeling import SCHEMES
 from ..training import DataArguments
 from .efficiency import environment
+from .records import save_record
 from .sentence_similarity import similarity_spearman
 from .short_healing import heal_shortly
 
@@ -86,7 +87,7 @@ class EncoderConversions:
             print({key: round(value, 4) for key, value in row["spearman"].items()}, flush=True)
             rows = {**result["rows"], name: {**row, "text": Path(self.text).name, **environment("cpu")}}
             result["rows"] = {name: rows[name] for name in options if name in rows}
-            path.write_text(json.dumps(result, indent=2) + "\n")
+            save_record(path, result)
         output.with_suffix(".md").write_text(card(result))
 
     def measure(self, name: str, options: dict, spearman_of_original: float) -> dict:

@@ -13,7 +13,7 @@ from .efficiency import StepSettings, measure_alone
 
 _AXES = {"sequence_length": "tokens of a text", "batch_size": "texts in a batch"}
 _FIGURES = {"seconds": "seconds per step", "peak_memory_bytes": "peak memory (GiB)"}
-_STYLES = {"stock": {"marker": "o", "linestyle": "--"}, "shared": {"marker": "s"}}
+_STYLES = {"marker": "o", "linestyle": "--"}, {"marker": "s"}  # of what is compared with, and of what is compared
 
 
 def measure_growth(
@@ -66,13 +66,13 @@ def draw_growth(rows: list[dict[str, Any]], path: Path):
     """Draw time and memory against length and batch, on logarithmic axes."""
     figure = Figure(figsize=(10, 8), dpi=150, layout="constrained")
     grid = figure.subplots(len(_AXES), len(_FIGURES))
+    styles = dict(zip(dict.fromkeys(row["model"] for row in rows), _STYLES, strict=True))
     for varied, line in _lines(rows):
+        name = line[0]["model"]
         for axes, (key, label) in zip(grid[list(_AXES).index(varied)], _FIGURES.items(), strict=True):
             measured = [row for row in line if row[key] is not None]
             values = [row["settings"][varied] for row in measured]
-            axes.plot(
-                values, [_shown(row, key) for row in measured], label=line[0]["model"], **_STYLES[line[0]["model"]]
-            )
+            axes.plot(values, [_shown(row, key) for row in measured], label=name, **styles[name])
             axes.set(xscale="log", yscale="log", xlabel=_AXES[varied], ylabel=label)
             axes.set_xticks(values, values)
             axes.minorticks_off()
@@ -87,7 +87,7 @@ def _lines(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]
     return [
         (varied, line)
         for varied in _AXES
-        for name in _STYLES
+        for name in dict.fromkeys(row["model"] for row in rows)
         if (line := [row for row in rows if (row["varied"], row["model"]) == (varied, name)])
     ]
 

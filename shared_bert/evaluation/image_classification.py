@@ -24,37 +24,41 @@ from ..training.run import run_training, starting_checkpoint
 from ..training.trainer import SafeTrainer
 from ..training.yaml_files import check_keys, load_mapping
 from .efficiency import environment
-from .records import check_settings, load_records, parse_seeds, record_path, run_settings, save_record, write_scores
+from .records import (
+    SeededArguments,
+    check_settings,
+    load_records,
+    record_path,
+    run_settings,
+    save_record,
+    write_scores,
+)
 
 # What tells the models of one comparison apart.
 _OF_MODEL = ("config_name", "config_overrides", "targets", *SharingArguments.__dataclass_fields__)
 
 
 @dataclass(kw_only=True)
-class ImageArguments(SharingArguments):
+class ImageArguments(SeededArguments, SharingArguments):
     """The images, and the model that is trained on them.
 
     Raises:
-        ValueError: no images or no config_name; a seed that is not a number.
+        ValueError: see `SeededArguments`; no images or no config_name.
     """
 
     images: str | None = option(None, "A folder of images, a folder with MNIST's files, or a data set on the Hub.")
     image_column: str | None = option(None, "Of the Hub's data set; else the first of its kind.")
     label_column: str | None = option(None, "Of the Hub's data set; else the first of its kind.")
     config_name: str | None = option(None, "A YAML or JSON file of the model_type and of config fields.")
-    config_overrides: str | None = option(None, "Config fields that replace others: a=1,b=x.")
     targets: str | None = option(None, "Matrices that layers share, separated by commas; else attention's.")
-    seeds: str = option("0", "Seeds, separated by commas.")
     flip: bool = option(False, "Mirror half of the training images.")
     shift: bool = option(False, "Move training images by up to two pixels.")
-    max_train_samples: int | None = option(None, "Train on no more images than this.")
-    max_eval_samples: int | None = option(None, "Test on no more images than this.")
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("images", "config_name"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is not given")
-        self.seed_numbers = parse_seeds(self.seeds)
 
     def make_model(self, images: Images) -> PreTrainedModel:
         """Return a new model for images of this size and these classes.

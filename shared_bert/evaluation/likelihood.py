@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import load_dataset
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -142,6 +143,18 @@ def _row_scores(model: PreTrainedModel, rows: list[dict[str, Any]], pad_token_id
     losses = torch.zeros(labels.shape, device=model.device)
     losses[predicted] = cross_entropy(logits.float(), labels[predicted], reduction="none")
     return (-losses.double().sum(1)).tolist()
+
+
+def load_pairs(path: str, max_pairs: int | None = None) -> list[dict[str, Any]]:
+    """Return the minimal pairs of a parquet file in BLiMP's columns, one paradigm after another.
+
+    Args:
+        max_pairs: of each paradigm, the first ones.
+    """
+    of_paradigm = {}
+    for row in load_dataset("parquet", data_files=path, split="train"):
+        of_paradigm.setdefault(row.get("UID", ""), []).append(row)
+    return [row for _, rows in sorted(of_paradigm.items()) for row in rows[:max_pairs]]
 
 
 def blimp_accuracy(
@@ -280,13 +293,13 @@ def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
-    stride: int | None = None,
     window: int | None = None,
+    stride: int | None = None,
 ) -> dict[str, float]:
     """Return the perplexity of a decoder on texts, each by itself, in overlapping windows.
 
     Args:
-        stride, window: see `document_losses`.
+        window, stride: see `document_losses`.
 
     Returns:
         `per_token` and `per_word` perplexity (words end at white space), `nats_per_token`, and the numbers of `tokens`

@@ -15,7 +15,10 @@ from .efficiency import MLM_PROBABILITY, StepSettings, TrainingStep, take_turns
 
 
 class StepOnText(TrainingStep):
-    """A `TrainingStep` on the next of several batches; `num_tokens` has the real tokens of each step so far."""
+    """A `TrainingStep` on the next of several batches; `num_tokens` has the real tokens of each step so far.
+
+    Batches are made before any is timed.
+    """
 
     def __init__(self, settings: StepSettings, batches: Iterator[dict[str, Any]]):
         super().__init__(settings)
@@ -44,9 +47,13 @@ def compare_packing(
         `tokens_per_second` and the `real_share` of the positions under "padded" and "packed"; `speedup`, the ratio of
         the tokens per second of all rounds, and the quartiles of the ratios round by round.
     """
+    padded, packed = (
+        iter(list(itertools.islice(batches(settings, documents, tokenizer), warmup + rounds)))
+        for batches in (_padded, _packed)
+    )
     steps = {
-        "padded": StepOnText(replace(settings, attention_scheme=None), _padded(settings, documents, tokenizer)),
-        "packed": StepOnText(settings, _packed(settings, documents, tokenizer)),
+        "padded": StepOnText(replace(settings, attention_scheme=None), padded),
+        "packed": StepOnText(settings, packed),
     }
     seconds = take_turns(steps, rounds, warmup)
     tokens = {name: step.num_tokens[warmup:] for name, step in steps.items()}

@@ -1,16 +1,15 @@
-"""Records of fine-tuning runs, one JSON file for each, all of the same settings; their tables and plots."""
+"""Records of runs, a JSON file for each; settings, tables and plots of fine-tuning runs."""
 
 import json
 import statistics
 from collections.abc import Collection, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from scipy import stats
 
-from ..training.arguments import RunArguments
+from ..training.arguments import RunArguments, option
 
 _SETTINGS = (
     "learning_rate", "head_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay",
@@ -20,16 +19,27 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Return the numbers of "0,1,2".
+@dataclass(kw_only=True)
+class SeededArguments:
+    """Runs of one recipe with several seeds.
 
     Raises:
-        ValueError: something else.
+        ValueError: a seed that is not a number, or a limit below 1.
     """
-    try:
-        return [int(seed) for seed in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"seeds={text!r} must be numbers, separated by commas") from error
+
+    seeds: str = option("0", "Seeds, separated by commas.")
+    config_overrides: str | None = option(None, "Config fields that replace others, such as dropouts: a=1,b=x.")
+    max_train_samples: int | None = option(None, "Train on no more examples than this.")
+    max_eval_samples: int | None = option(None, "Evaluate on no more examples than this.")
+
+    def __post_init__(self):
+        try:
+            self.seed_numbers = [int(seed) for seed in self.seeds.split(",")]
+        except ValueError as error:
+            raise ValueError(f"seeds={self.seeds!r} must be numbers, separated by commas") from error
+        for name in ("max_train_samples", "max_eval_samples"):
+            if (most := getattr(self, name)) is not None and most < 1:
+                raise ValueError(f"{name}={most} must be 1 or more")
 
 
 def run_settings(arguments, training_args: RunArguments) -> dict[str, Any]:
@@ -193,9 +203,17 @@ def format_difference(values: list[float]) -> str:
     """Return "mean [low, high]" with Student's 95 % interval of the mean; of one value, only that."""
     if len(values) < 2:
         return f"{values[0]:+.2f}" if values else ""
+    low, high = student_interval(values)
+    return f"{statistics.mean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def student_interval(values: list[float]) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean of two or more values."""
+    from scipy import stats  # takes a second to import
+
     mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-    half = stats.t.ppf(0.975, len(values) - 1) * error
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return mean - half, mean + half
 
 
 def write_scores(records: dict[str, list[dict[str, Any]]], output: Path):

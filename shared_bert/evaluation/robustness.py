@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion.calibration import evaluating
 from ..data.tasks import GLUE, tokenize_task
 
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
@@ -55,10 +57,9 @@ def predict_labels(
             length of the model's embeddings.
         seed: of the noise.
     """
-    tokens = tokenize_task(rows, GLUE[name], tokenizer, max_length).remove_columns(["labels", "length"])
-    order = sorted(
-        range(len(tokens)), key=lambda i: len(tokens[i]["input_ids"])
-    )  # similar lengths need little padding
+    tokens = tokenize_task(rows, GLUE[name], tokenizer, max_length)
+    order = np.argsort(tokens["length"], kind="stable").tolist()  # similar lengths need little padding
+    tokens = tokens.remove_columns(["labels", "length"])
     collate = DataCollatorWithPadding(tokenizer)
     embeddings = model.get_input_embeddings()
     size = noise * embeddings.weight.norm(dim=-1).mean() / embeddings.weight.shape[1] ** 0.5
@@ -68,17 +69,12 @@ def predict_labels(
         return output + size * torch.randn(output.shape, generator=generator).to(output)
 
     predictions = torch.empty(len(tokens), dtype=torch.long)
-    was_training = model.training
-    model.eval()
     # A hook, since stock decoders find the last token of a row by its ids.
-    hook = embeddings.register_forward_hook(add_noise) if noise else None
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        batch = collate([tokens[i] for i in places]).to(model.device)
-        predictions[places] = model(**batch).logits.argmax(-1).cpu()
-    if hook is not None:
-        hook.remove()
-    model.train(was_training)
+    with evaluating(model, [embeddings.register_forward_hook(add_noise)] if noise else []):
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = collate([tokens[i] for i in places]).to(model.device)
+            predictions[places] = model(**batch).logits.argmax(-1).cpu()
     return predictions
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion.calibration import evaluating
+
 
 @torch.no_grad()
 def sentence_embeddings(
@@ -17,15 +19,13 @@ def sentence_embeddings(
     """
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # similar lengths need little padding
     embeddings = torch.empty(len(sentences), model.config.hidden_size)
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = tokenizer([sentences[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
-        states = model(**batch.to(model.device)).last_hidden_state.float()
-        mask = batch["attention_mask"].unsqueeze(-1)
-        embeddings[rows] = ((states * mask).sum(1) / mask.sum(1)).cpu()
-    model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = tokenizer([sentences[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+            states = model(**batch.to(model.device)).last_hidden_state.float()
+            mask = batch["attention_mask"].unsqueeze(-1)
+            embeddings[rows] = ((states * mask).sum(1) / mask.sum(1)).cpu()
     return torch.nn.functional.normalize(embeddings, dim=-1)
 
 

@@ -6,18 +6,26 @@ from typing import Any
 
 from ..data import load_tokenizer
 from ..data.squad import load_squad
-from ..training.arguments import FinetuningArguments, read_overrides
+from ..training.arguments import FinetuningArguments, option, read_overrides
 from ..training.question_answering import RESULTS, finetune_squad
 from .efficiency import environment
-from .records import check_settings, format_scores, load_records, parse_seeds, record_path, run_settings, save_record
+from .records import (
+    SeededArguments,
+    check_settings,
+    format_scores,
+    load_records,
+    record_path,
+    run_settings,
+    save_record,
+)
 
 
-@dataclass
-class SquadArguments:
+@dataclass(kw_only=True)
+class SquadArguments(SeededArguments):
     """What is fine-tuned on question answering, and on which files.
 
     Raises:
-        ValueError: a seed that is not a number.
+        ValueError: see `SeededArguments`.
     """
 
     model: str = field(
@@ -25,21 +33,14 @@ class SquadArguments:
     )
     train_file: str = field(metadata={"help": "A .parquet, .jsonl or .json file in the Hub's columns of SQuAD."})
     validation_file: str = field(metadata={"help": "The same, to evaluate on."})
-    intermediate_file: str | None = field(default=None, metadata={"help": "The same, to train on first."})
-    kind: str = field(default="squad", metadata={"help": "Of the recipe.", "choices": ["squad"]})
-    seeds: str = field(default="0", metadata={"help": "Seeds, separated by commas."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Else the model's own."})
-    max_length: int = field(default=384, metadata={"help": "Tokens of a window, question included."})
-    stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
-    without_answers: bool = field(default=False, metadata={"help": "SQuAD v2.0: questions may have no answer."})
-    n_best: int = field(default=20, metadata={"help": "Answers that are kept of each question."})
-    max_answer_tokens: int = field(default=30, metadata={"help": "Tokens of the longest answer."})
-    config_overrides: str | None = field(default=None, metadata={"help": "Config fields, such as dropouts: a=1,b=x."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on no more questions than this."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on no more questions than this."})
-
-    def __post_init__(self):
-        self.seed_numbers = parse_seeds(self.seeds)
+    intermediate_file: str | None = option(None, "The same, to train on first.")
+    kind: str = option("squad", "Of the recipe.", choices=["squad"])
+    tokenizer_name: str | None = option(None, "Else the model's own.")
+    max_length: int = option(384, "Tokens of a window, question included.")
+    stride: int = option(128, "Tokens that neighbouring windows share.")
+    without_answers: bool = option(False, "SQuAD v2.0: questions may have no answer.")
+    n_best: int = option(20, "Answers that are kept of each question.")
+    max_answer_tokens: int = option(30, "Tokens of the longest answer.")
 
 
 def run_squad(arguments: SquadArguments, training_args: FinetuningArguments) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ class SharedMap(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if not self.dictionaries[0]:
             result = self.factors(inputs)
-            return result if self.bias is None else result + self.bias
+            return result if self.bias is None else result + self.bias.to(result.dtype)  # also under autocast
         weight = self.shared_matrix().to(inputs.device)  # with device_map="auto" it may lie on another one
         result = nn.functional.linear(inputs, weight, self.bias)
         return result if self.factors is None else result + self.factors(inputs)

@@ -30,7 +30,7 @@ def share(
     attention_scheme: str = "standard",
     depth_sharing: str = "none",
     *,
-    targets: Iterable[str] | None = None,
+    targets: Iterable[str] | str | None = None,
     depth_shared_matrices: str = "qkv",
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     initialize: bool = False,
@@ -75,6 +75,7 @@ def share(
     if unknown := sorted(sizes.keys() - set(_SIZES)):
         raise ValueError(f"{', '.join(unknown)}: no option of share; valid are {', '.join(_SIZES)}")
     config = SharingConfig(attention_scheme=attention_scheme, depth_sharing=depth_sharing, **sizes)
+    targets = [targets] if isinstance(targets, str) else targets
     _set_targets(config, model.base_model, targets, depth_shared_matrices)
     _check_options(config, calibration is not None, initialize, dictionary_groups, spread_rank)
     _check_ties(model, config)
@@ -222,7 +223,7 @@ def _check_ties(model: PreTrainedModel, config: SharingConfig):
 
 def _check_finite(base: nn.Module, config: SharingConfig):
     for name in _replaced(base, config):
-        if not base.get_submodule(name).weight.isfinite().all():
+        if not all(parameter.isfinite().all() for parameter in base.get_submodule(name).parameters()):
             raise ValueError(f"{name} has weights that are NaN or infinite")
 
 

@@ -126,11 +126,6 @@ class SharedMatrix(nn.Module):
         """Return the coefficients of ``masa``, [layers, atoms]."""
         return self.coefficients() if isinstance(self.coefficients, CoefficientNetwork) else self.coefficients
 
-    @torch.no_grad()
-    def fix_coefficients(self):
-        """Replace the network by its result."""
-        self.coefficients = nn.Parameter(self.layer_coefficients().clone())
-
     def forward(self, layer: int | None = None) -> tuple[torch.Tensor, ...] | torch.Tensor:
         """Return the distinct matrices, [width, in_features] each: one per layer, or one per group.
 
@@ -197,13 +192,15 @@ def fix_coefficients(model: nn.Module):
     Raises:
         ValueError: weights are offloaded.
     """
-    matrices = [module for module in model.modules() if isinstance(module, SharedMatrix)]
-    matrices = [matrix for matrix in matrices if matrix.config.coefficient_source == "network"]
+    matrices = [
+        module
+        for module in model.modules()
+        if isinstance(module, SharedMatrix) and module.config.coefficient_source == "network"
+    ]
     if matrices:
         check_loaded(model)
     for matrix in matrices:
-        matrix.fix_coefficients()
-    for matrix in matrices:
+        matrix.coefficients = nn.Parameter(matrix.layer_coefficients().detach().clone())
         matrix.config.coefficient_source = "direct"
 
 

@@ -131,15 +131,15 @@ def _is_plain_linear(head: nn.Module) -> bool:
 
 def linear_cross_entropy(
     hidden_states: torch.Tensor,
-    head: nn.Module,
+    head: nn.Module | None,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy, in nats, of `head(hidden_states)` against `labels`, in float32 at least.
+    """Return the cross-entropy of `head(hidden_states)` against `labels` in nats, computed in float32 at least.
 
     Args:
         hidden_states: [rows, hidden].
-        head: returns logits [rows, vocabulary].
+        head: returns logits [rows, vocabulary]; None takes `hidden_states` for logits that are there already.
         labels: [rows]; -100 is ignored.
         num_items_in_batch: the divisor of the sum (from Trainer, the predictions of all accumulated batches); None
             divides by the predictions in `labels`.
@@ -147,11 +147,10 @@ def linear_cross_entropy(
     Returns:
         A scalar; 0 if nothing is predicted.
     """
-
     if torch.is_grad_enabled() and _is_plain_linear(head):
         loss = _LinearCrossEntropy.apply(hidden_states, head.weight, head.bias, labels)
     else:
-        loss = _cross_entropy(head(hidden_states), labels)
+        loss = _cross_entropy(hidden_states if head is None else head(hidden_states), labels)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
     return loss / num_items_in_batch

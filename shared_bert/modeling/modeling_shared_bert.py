@@ -254,20 +254,20 @@ class SharedBertForMaskedLM(SharedBertPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         if skip_logits is None:
             skip_logits = self.training and labels is not None
+        logits = None if skip_logits else self.cls.predictions(hidden_states)
         loss = None
         if labels is not None:
-            rows = hidden_states.flatten(0, 1)
+            rows = (hidden_states if skip_logits else logits).flatten(0, 1)
             targets = labels.flatten()
             positions = predicted_positions(labels, num_predictions)
             if positions is not None:
                 rows, targets = rows[positions], targets[positions]
-            head = self.cls.predictions
-            loss = linear_cross_entropy(head.transform(rows), head.decoder, targets, kwargs.get("num_items_in_batch"))
+            head = None
+            if skip_logits:
+                rows, head = self.cls.predictions.transform(rows), self.cls.predictions.decoder
+            loss = linear_cross_entropy(rows, head, targets, kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(
-            loss=loss,
-            logits=None if skip_logits else self.cls.predictions(hidden_states),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 

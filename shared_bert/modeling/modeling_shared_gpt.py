@@ -250,17 +250,17 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and labels is not None
         logits = loss = None
-        if labels is not None:
-            rows, targets = hidden_states[:, :-1], labels[:, 1:]
-            # Not a named argument: Trainer would then compute an evaluation loss only if it is given.
-            if kwargs.get("shift_labels") is not None:
-                rows, targets = hidden_states, kwargs["shift_labels"]
-            loss = linear_cross_entropy(
-                rows.flatten(0, 1), self.lm_head, targets.flatten(), kwargs.get("num_items_in_batch")
-            )
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
+        if labels is not None:
+            has_all = not skip_logits and isinstance(logits_to_keep, int) and logits_to_keep == 0
+            rows, head = (logits, None) if has_all else (hidden_states, self.lm_head)
+            # Not a named argument: Trainer would then compute an evaluation loss only if it is given.
+            targets = kwargs.get("shift_labels")
+            if targets is None:
+                rows, targets = rows[:, :-1], labels[:, 1:]
+            loss = linear_cross_entropy(rows.flatten(0, 1), head, targets.flatten(), kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

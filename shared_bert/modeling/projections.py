@@ -51,7 +51,8 @@ class LowRankLinear(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         parts = self.up(nn.functional.linear(hidden_states, self.down).split(self.ranks, dim=-1))
         result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return result if self.bias is None else result + self.bias
+        # Autocast leaves a sum in float32.
+        return result if self.bias is None else result + self.bias.to(result.dtype)
 
     def double_weight(self) -> torch.Tensor:
         """Return the product of the factors in float64, [out, in]."""

@@ -1,9 +1,11 @@
-"""The fields of a pre-training recipe: each is a YAML key and a command-line option."""
+"""The options of pre-training, conversion and fine-tuning: each is a YAML key and a command-line option."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import yaml
 from transformers import TrainingArguments
 
 from ..modeling import SCHEMES
@@ -73,17 +75,26 @@ class ModelArguments(ConfigArguments):
                 f"tokenizer_name={self.tokenizer_name!r} takes a tokenizer and tokenizer_vocab_size="
                 f"{self.tokenizer_vocab_size} trains one: give one of the two"
             )
+        if self.tokenizer_vocab_size and self.model_name_or_path:
+            raise ValueError("tokenizer_vocab_size is for a new model: a trained one has its own tokenizer")
         if not (self.tokenizer_name or self.tokenizer_vocab_size or self.model_name_or_path):
             raise ValueError("no tokenizer is named: give tokenizer_name, or tokenizer_vocab_size to train one")
 
 
 def read_overrides(text: str) -> dict[str, Any]:
-    """Read "a=1,b=x" as YAML would read the values."""
-    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise ValueError(f"config_overrides={text!r}: {name!r} has no value; write it as a=1,b=x")
-    return {name.strip(): load_yaml(value) for name, _, value in pairs}
+    """Read "a=1,b=x,c=[1,2]" as YAML would read the values.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    name = re.compile(r"(^|,)\s*(\w+)\s*=")
+    try:
+        found = load_yaml("{" + name.sub(r"\1 \2: ", text) + "}")
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r} is not of the form a=1,b=x") from error
+    if lacking := [key for key in found if key not in {match[2] for match in name.finditer(text)}]:
+        raise ValueError(f"{text!r}: {lacking[0]!r} has no value; write it as a=1,b=x")
+    return found
 
 
 @dataclass

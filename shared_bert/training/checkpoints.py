@@ -13,8 +13,6 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import CONFIG_NAME
 
-from .. import modeling
-
 logger = logging.getLogger(__name__)
 
 # A trained model is written here and moved out when it is whole.
@@ -25,23 +23,27 @@ _RUN_FILES = (
     "config.json", "model*.safetensors*", "pytorch_model*.bin*", "generation_config.json", "tokenizer*.json",
     "special_tokens_map.json", "vocab.*", "training_args.bin", "trainer_state.json", "*_results.json", "loss_curve.*",
 )  # fmt: skip
-# Removed with a run, but not marks of one: the first two are written before there is anything to resume from, and the
-# model's code may be there without a run. Other code, and the README.md, may be the user's own: they stay.
-_REMOVED_TOO = ("run.json*", UNFINISHED, *(path.name for path in Path(modeling.__file__).parent.glob("[!_]*.py")))
+# Removed with a run, but not marks of one: they are written before there is anything to resume from. Code and
+# README.md may be the user's own and stay; the next model overwrites its own code.
+_REMOVED_TOO = ("run.json*", UNFINISHED)
 # Trainer writes the first of them last: a checkpoint without it is incomplete.
-_NEEDED = (TRAINER_STATE_NAME, "model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
+_NEEDED = (TRAINER_STATE_NAME, "model*.safetensors")
+_NEEDED_TO_RESUME = ("optimizer*", "scheduler.pt", "rng_state*.pth")  # not written with save_only_model
 
 
-def checkpoint_damage(folder: str | Path) -> str | None:
+def checkpoint_damage(folder: str | Path, only_model: bool = False) -> str | None:
     """Return why training cannot resume from `folder`, or None; no weights are read.
 
     Pickles must contain tensors and numbers only, as `torch.load(weights_only=True)` checks without running any code,
     except `training_args.bin`, which is not read.
+
+    Args:
+        only_model: whether it was written with `save_only_model`, so that only its model has to be whole.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return "it is not a folder"
-    for pattern in _NEEDED:
+    for pattern in _NEEDED if only_model else (*_NEEDED, *_NEEDED_TO_RESUME):
         if not any(folder.glob(pattern)):
             return f"{pattern} is missing"
     return next(_damaged_files(folder), None)
@@ -79,14 +81,17 @@ def finished_checkpoints(output_dir: str | Path) -> list[Path]:
     return [path for path in checkpoints(output_dir) if (path / TRAINER_STATE_NAME).exists()]
 
 
-def last_checkpoint(output_dir: str | Path) -> str:
+def last_checkpoint(output_dir: str | Path, only_model: bool = False) -> str:
     """Return the newest whole checkpoint of a run; warn of each newer one that is skipped.
+
+    Args:
+        only_model: see `checkpoint_damage`.
 
     Raises:
         ValueError: there is none.
     """
     for folder in reversed(checkpoints(output_dir)):
-        damage = checkpoint_damage(folder)
+        damage = checkpoint_damage(folder, only_model)
         if damage is None:
             return str(folder)
         logger.warning("%s is skipped: %s", folder, damage)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -93,21 +92,25 @@ def make_model(
 
 
 def restore_use_cache(config: PreTrainedConfig):
-    """Reset `use_cache`, which Trainer sets for training, in every config; remove it where it is not a field."""
+    """Set `use_cache`, which Trainer has turned off, to true in a config that has it; remove it from others."""
     if "use_cache" in config.__dataclass_fields__:
         config.use_cache = True
     else:
         vars(config).pop("use_cache", None)
 
 
-def fix_saved_coefficients(folder: Path):
-    """Replace the networks that make the coefficients of a saved model, if any, by these."""
+def fix_saved_coefficients(folder: Path, model_class: type[PreTrainedModel]):
+    """Replace the networks that make the coefficients of a saved model, if any, by these.
+
+    Args:
+        model_class: of the model that was saved; FSDP2 trains a class of its own, derived from it.
+    """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     record = getattr(config, "quantization_config", None) or config.to_dict()  # of a stock model that shares
     if record.get("coefficient_source", "direct") == "direct":
         return
-    name = config.architectures[0]
-    model = getattr(shared_bert, name, getattr(transformers, name, None)).from_pretrained(folder)
+    saved_class = next(cls for cls in model_class.__mro__ if cls.__name__ == config.architectures[0])
+    model = saved_class.from_pretrained(folder)
     shared_bert.fix_coefficients(model)
     model.save_pretrained(folder / UNFINISHED)
     publish(folder / UNFINISHED, folder)

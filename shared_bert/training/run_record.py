@@ -33,7 +33,7 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(self, args: RunArguments, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         record = {
             "kind": self.kind,
             "data": self.data,

@@ -93,7 +93,7 @@ class SafeTrainer(CheckpointPushes, Trainer):
             return super().train(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError):  # torch and safetensors report a full disk so
             checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            if not checkpoint.is_dir() or checkpoint_damage(checkpoint) is None:
+            if not checkpoint.is_dir() or checkpoint_damage(checkpoint, self.args.save_only_model) is None:
                 raise
             with self._writing(checkpoint, checkpoint):
                 raise
@@ -116,7 +116,7 @@ class SafeTrainer(CheckpointPushes, Trainer):
                 unfinished.mkdir(parents=True)
             super().save_model(str(unfinished), _internal_call=True)
             if self.args.should_save:
-                fix_saved_coefficients(unfinished)
+                fix_saved_coefficients(unfinished, type(self.model))
                 if self._save_more is not None:
                     self._save_more(unfinished)
                 publish(unfinished, folder)
@@ -179,7 +179,7 @@ class SafeTrainer(CheckpointPushes, Trainer):
 
     def _last_good_checkpoint(self) -> str:
         try:
-            return f"the last good checkpoint is {last_checkpoint(self.args.output_dir)}"
+            return f"the last good checkpoint is {last_checkpoint(self.args.output_dir, self.args.save_only_model)}"
         except ValueError:
             return "there is no good checkpoint"
 

@@ -532,10 +532,11 @@ def test_unknown_models_are_named():
         from_stock(GPT2LMHeadModel(gpt2))
 
 
-def test_weights_that_are_not_finite_are_named():
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weights_that_are_not_finite_are_named(name):
     stock = random_stock("bert")
     with torch.no_grad():
-        stock.bert.encoder.layer[1].attention.self.key.weight[0, 0] = math.nan
+        getattr(stock.bert.encoder.layer[1].attention.self.key, name)[0] = math.nan
     with pytest.raises(ValueError, match="layer 1"):
         from_stock(stock, "shared")
 

@@ -44,6 +44,15 @@ def test_growth_has_slopes_and_where_memory_ends(monkeypatch, compared, tmp_path
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
+def test_growth_of_depth_sharing_stands_beside_separate_layers(monkeypatch, compared, tmp_path):
+    monkeypatch.setattr(growth, "measure_alone", measured)
+    rows = measure_growth({"own": compared["shared"], "shared": compared["shared"]}, None, [16], [], rounds=3)
+    table = growth_table(rows)
+    assert "| 1 × 16 | `own` |" in table
+    assert "| 1 × 16 | `shared` |" in table
+    draw_growth(rows, tmp_path / "growth.png")
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch, compared):
     def fails(*arguments):
         raise RuntimeError("shapes do not match")
@@ -88,6 +97,12 @@ def test_commands(arguments, pytestconfig, tmp_path, capsys, monkeypatch):
     for row in result["results"]:
         assert row["settings"]["stock"]["attention_scheme"] is None
     assert capsys.readouterr().out.splitlines()[-1].startswith(("speedup: ", "memory: 1.00"))
+
+
+def test_a_record_is_not_overwritten_by_its_table(pytestconfig, tmp_path, capsys):
+    main = runpy.run_path(str(pytestconfig.rootpath / "scripts" / "benchmark.py"))["main"]
+    assert main(["encode", "--output", str(tmp_path / "result.md")]) == 2
+    assert "must end in .json" in capsys.readouterr().err
 
 
 def test_a_profile_names_the_operations(compared):

@@ -141,6 +141,7 @@ def test_batches_have_mean_0_and_deviation_1_and_are_moved_in_training_only(mnis
         (("--config_overrides", "hidden=3"), "config_overrides"),
         (("--images", "nowhere/at/all"), "nowhere/at/all is no folder of images and no data set"),
         (("--seeds", "a"), "seeds='a' must be numbers"),
+        (("--max_train_samples", -1), "max_train_samples=-1 must be 1 or more"),
     ],
 )
 def test_bad_options_are_named_before_training(train, tmp_path, options, said):

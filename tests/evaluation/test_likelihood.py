@@ -131,7 +131,7 @@ def test_every_token_is_predicted_once_from_its_window(models, stride, window):
         scores = log_probabilities(model, context[:-1])
         total -= sum(scores[i - 1, context[i]].item() for i in range(len(context) - (last - place), len(context)))
         place = last
-    found = perplexity(model, tokenizer, [text], stride, window)
+    found = perplexity(model, tokenizer, [text], window, stride)
     assert found["nats_per_token"] == pytest.approx(total / (len(ids) - 1), rel=1e-4)
     assert found["per_token"] == pytest.approx(math.exp(total / (len(ids) - 1)), rel=1e-4)
     assert found["per_word"] == pytest.approx(math.exp(total / len(text.split())), rel=1e-4)
@@ -145,7 +145,7 @@ def test_a_decoders_documents_add_up_to_its_perplexity(models):
         alone = perplexity(model, tokenizer, [sentence], stride=3, window=8)
         assert found.tokens[i] == alone["tokens"]
         assert found.nats[i] == pytest.approx(alone["tokens"] * alone["nats_per_token"], rel=1e-4)
-    assert found.mean == pytest.approx(perplexity(model, tokenizer, SENTENCES, 3, 8)["nats_per_token"], rel=1e-4)
+    assert found.mean == pytest.approx(perplexity(model, tokenizer, SENTENCES, 8, 3)["nats_per_token"], rel=1e-4)
 
 
 def test_an_encoders_documents_are_masked_by_themselves(models):

@@ -221,8 +221,9 @@ def test_files_are_checked(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no data is named"),
-        ({"dataset_name": "a", "train_file": "a.json", "validation_file": "b.json"}, "no data is named"),
+        ({}, "give either train_file and validation_file, or dataset_name"),
+        ({"train_file": "a.json"}, "give either"),
+        ({"dataset_name": "a", "train_file": "a.json"}, "give either"),
         ({"dataset_name": "a", "text_columns": "a,b,c"}, "text_columns='a,b,c': text takes 2 at most"),
         ({"dataset_name": "a", "text_columns": "a,b", "kind": "tokens"}, "tokens takes 1 at most"),
         ({"dataset_name": "a", "kind": "choice"}, "choice_columns=None is for kind=choice, which needs it"),

@@ -120,6 +120,8 @@ def test_without_answers_and_an_intermediate_set(main, places, tmp_path):
 
 def test_what_cannot_be_trained_is_refused(main, places, tmp_path, capsys):
     command = [*places(), "--output_dir", str(tmp_path / "out")]
+    assert main([*command, "--max_train_samples", "0"]) == 2
+    assert "max_train_samples=0 must be 1 or more" in capsys.readouterr().err
     assert main([*command, "--max_length", "400"]) == 2
     assert "max_length=400 is more than the model's max_position_embeddings=40" in capsys.readouterr().err
     assert main([*places("gpt"), "--output_dir", str(tmp_path / "out")]) == 2

@@ -176,8 +176,16 @@ def test_without_the_package_a_folder_says_what_to_install(folder):
     assert hint == "pip install shared_bert, and import shared_bert before from_pretrained"
 
 
-def test_weights_that_are_not_finite():
-    model = ARCHITECTURES["llama"].model()
-    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.k_proj has weights that are NaN or infinite"):
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weights_that_are_not_finite(name):
+    model = ARCHITECTURES["bert"].model()
+    getattr(model.base_model.encoder.layer[1].attention.self.key, name).data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"layer.1.attention.self.key has weights that are NaN or infinite"):
         shared_bert.share(model, **MASA)
+
+
+def test_a_single_target_need_not_be_a_list():
+    model = ARCHITECTURES["bert"].model()
+    shared, _ = shared_bert.share(model, targets="output.dense", depth_sharing="masa", num_atoms=1)
+    listed, _ = shared_bert.share(model, targets=["output.dense"], depth_sharing="masa", num_atoms=1)
+    assert shared.config.quantization_config.to_dict() == listed.config.quantization_config.to_dict()

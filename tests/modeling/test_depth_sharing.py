@@ -406,6 +406,14 @@ def test_matrices_are_assembled_in_float32_under_autocast(kind, scheme, way, inp
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("way", ["low_rank", "masa"])
+def test_caches_are_of_the_type_of_autocast(way, input_ids):
+    model = make("gpt", attention_scheme="standard", attention_bias=True, **WAYS[way])
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model(input_ids, use_cache=True).past_key_values
+    assert cache.layers[0].keys.dtype == cache.layers[0].values.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("way", ASSEMBLED)
 def test_matrices_are_assembled_once_per_forward(kind, way, input_ids):
     model = make(kind, attention_scheme="standard", depth_shared_matrices="qkvo", **WAYS[way]).train()

@@ -51,6 +51,15 @@ def test_damaged_checkpoints_are_passed_over_aloud(tmp_path, caplog, name, damag
         checkpoint_to_resume(str(tmp_path), str(broken), overwrite=False)
 
 
+def test_a_checkpoint_of_only_a_model_is_whole_without_the_optimizer(tmp_path):
+    path = write_checkpoint(tmp_path, 5)
+    (path / "optimizer.pt").unlink()
+    assert checkpoint_damage(path) == "optimizer* is missing"
+    assert checkpoint_damage(path, only_model=True) is None
+    truncate(path / "model.safetensors")
+    assert "model.safetensors is damaged" in checkpoint_damage(path, only_model=True)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     path = write_checkpoint(tmp_path, 5)
     index = {"weight_map": {"weight": "model.safetensors", "other": "model-2.safetensors"}}
@@ -66,8 +75,8 @@ def test_nothing_to_resume(tmp_path):
 
 
 def test_what_may_be_the_users_own_stays(tmp_path):
-    own = ["README.md", "__init__.py", "my_model.py", "train.py"]
-    for name in (*own, "run.json", "run.json.unfinished", "modeling_shared_bert.py", "attention.py"):
+    own = ["README.md", "__init__.py", "attention.py", "losses.py", "my_model.py", "train.py"]
+    for name in (*own, "run.json", "run.json.unfinished"):
         (tmp_path / name).touch()
     remove_run(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == own

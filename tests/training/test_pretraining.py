@@ -1,5 +1,6 @@
 """Whole runs in this process: what is trained, logged and saved, and what is refused before."""
 
+import importlib
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -14,12 +16,14 @@ from transformers import (
     BertForMaskedLM,
     LlamaForCausalLM,
     TrainerCallback,
+    TrainerState,
 )
 
-from shared_bert import SharedBertForSequenceClassification
+from shared_bert import SharedBertConfig, SharedBertForMaskedLM, SharedBertForSequenceClassification
 from shared_bert.training import DataArguments, ModelArguments, PretrainingArguments, pretrain
 from shared_bert.training.checkpoints import UNFINISHED
-from shared_bert.training.trainer import PretrainingTrainer
+from shared_bert.training.run_record import RunRecorder
+from shared_bert.training.trainer import PretrainingTrainer, SafeTrainer
 
 from ..conftest import tiny_model
 from .runs import MASA, SHAPE, recipe
@@ -268,3 +272,49 @@ def test_a_finished_model_has_coefficients_and_no_network(tmp_path, model_type):
     (output_dir / UNFINISHED / "checkpoint-9").mkdir(parents=True)
     run_here(tmp_path, resume_from_checkpoint="true", **changes)
     check()
+
+
+def test_a_subclass_is_saved_with_fixed_coefficients(tmp_path, monkeypatch):
+    code = "from shared_bert import SharedBertForMaskedLM\n\nclass OwnModel(SharedBertForMaskedLM):\n    pass\n"
+    (tmp_path / "own_model.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    own_class = importlib.import_module("own_model").OwnModel
+    config = SharedBertConfig(**MASA, vocab_size=64, attention_scheme="standard", coefficient_source="network")
+    rows = [{"input_ids": torch.arange(5, 13), "labels": torch.arange(5, 13)}] * 2
+    args = PretrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=1,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = SafeTrainer(model=own_class(config), args=args, train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    saved, input_ids = own_class.from_pretrained(tmp_path / "run").eval(), rows[0]["input_ids"][None]
+    assert saved.config.coefficient_source == "direct"
+    torch.testing.assert_close(saved(input_ids).logits, trainer.model.eval()(input_ids).logits)
+
+
+class OutOfMemory(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("save_only_model", [False, True])
+def test_an_error_beside_a_checkpoint_leaves_it(tmp_path, monkeypatch, save_only_model):
+    callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, OutOfMemory()]
+    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", callbacks)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        run_here(tmp_path, max_steps=4, save_steps=1, save_only_model=save_only_model)
+    assert SharedBertForMaskedLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+
+
+def test_tokens_per_step_count_every_gpu_of_the_process(tmp_path):
+    args = PretrainingArguments(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=3, use_cpu=True)
+    args._n_gpu = 4  # as `nn.DataParallel` takes them
+    state = TrainerState(is_world_process_zero=True)
+    RunRecorder("pre-training", {}, block_size=8).on_train_begin(args, state, None)
+    assert json.loads((tmp_path / "run.json").read_text())["tokens_per_step"] == 3 * 4 * 8

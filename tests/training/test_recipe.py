@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from shared_bert.training import parse_recipe
+from shared_bert.training.arguments import read_overrides
 from shared_bert.training.models import config_fields
 
 from .runs import recipe, write_recipe
@@ -67,12 +68,18 @@ def test_everything_can_stand_on_the_command_line(tmp_path):
         ([], {"max_steps": "many"}, "max_steps.*'many'"),
         ([], {"max_steps": 2.5}, "max_steps.*'2.5'"),
         (["--bf16", "perhaps"], {}, "bf16.*perhaps"),
-        (["--config_overrides", "hidden_size"], {}, "config_overrides.*hidden_size"),
+        (["--config_overrides", "hidden_size"], {}, "'hidden_size' has no value"),
+        (["--config_overrides", "rank=[1,2"], {}, "'rank=.1,2' is not of the form"),
         ([], {"output_dir": None}, "output_dir"),
         ([], {"model_type": None}, "config_name"),
         ([], {"tokenizer_vocab_size": None}, "tokenizer_name"),
         ([], {"tokenizer_name": "bert"}, "tokenizer_name='bert'.*tokenizer_vocab_size=320"),
         ([], {"model_name_or_path": "bert"}, "model_name_or_path='bert'"),
+        (
+            [],
+            {"model_name_or_path": "bert", "model_type": None, "config_overrides": None},
+            "a trained one has its own tokenizer",
+        ),
         (["--model_name_or_path", "bert", "--sharing", "rank=2"], {}, "sharing is for a new model"),
         ([], {"config_name": "missing.yaml"}, "config_name='missing.yaml'"),
         ([], {"mlm_probability": 15}, "mlm_probability=15"),
@@ -116,3 +123,11 @@ def test_bad_config_fields_are_named(tmp_path):
         config_fields(parse(tmp_path, config_name=str(tmp_path / "model.yaml"), model_type="shared_gpt")[0])
     with pytest.raises(ValueError, match="model_type='vit'"):
         config_fields(parse(tmp_path, model_type="vit")[0])
+
+
+def test_overrides_are_read_as_yaml():
+    found = read_overrides("rank=null, lr = 1e-3,layer_ranks=[[1,2],[3,4]],hidden_act=gelu_new,align=false")
+    assert found == {
+        "rank": None, "lr": 1e-3, "layer_ranks": [[1, 2], [3, 4]], "hidden_act": "gelu_new", "align": False,
+    }  # fmt: skip
+    assert read_overrides("") == {}

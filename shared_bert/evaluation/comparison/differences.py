@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
+from ..records import student_interval
 from .records import Record
 
 RESAMPLES = 10_000
@@ -112,16 +112,13 @@ def difference(measure: Measure, mine: Sequence[Record], theirs: Sequence[Record
     if not pairs:
         return None
     values = [measure.value(a) - measure.value(b) for a, b in pairs]
-    mean, student, bootstrap = statistics.mean(values), None, None
-    if len(values) > 1:
-        error = statistics.stdev(values) / len(values) ** 0.5
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-        student = (mean - half, mean + half)
+    student = student_interval(values) if len(values) > 1 else None
+    bootstrap = None
     if measure.parts is not None:
         parts = [(measure.parts(a), measure.parts(b)) for a, b in pairs]
         differences = np.stack([a - b for (a, _), (b, _) in parts])
         bootstrap = bootstrap_interval(differences, parts[0][0][1])
-    return Difference(mean, student, bootstrap)
+    return Difference(statistics.mean(values), student, bootstrap)
 
 
 def bootstrap_interval(differences: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:

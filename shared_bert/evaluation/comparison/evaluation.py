@@ -1,16 +1,16 @@
 """What a comparison measures of each trained model."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import load_documents, load_tokenizer
 from ...data.tasks import glue_task, load_glue
 from ...folders import load_any_model
 from ..classification import run_classification
-from ..likelihood import blimp_accuracy, document_losses
+from ..likelihood import blimp_accuracy, document_losses, load_pairs
 from ..robustness import noise_accuracy
 from .comparison import Comparison
 from .file import Blimp
@@ -60,13 +60,10 @@ def _text_losses(
 
 
 def _blimp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Blimp) -> dict[str, Any]:
-    of_paradigm = {}
-    for row in load_dataset("parquet", data_files=options.pairs, split="train"):
-        of_paradigm.setdefault(row["UID"], []).append(row)
-    of_paradigm = {name: rows[: options.max_pairs] for name, rows in sorted(of_paradigm.items())}
-    results = blimp_accuracy(model, tokenizer, [row for rows in of_paradigm.values() for row in rows])
-    pairs = {name: len(rows) for name, rows in of_paradigm.items()}
-    return {**results["overall"], "by_paradigm": results["by_paradigm"], "pairs_by_paradigm": pairs}
+    pairs = load_pairs(options.pairs, options.max_pairs)
+    results = blimp_accuracy(model, tokenizer, pairs)
+    numbers = Counter(pair["UID"] for pair in pairs)  # in the order of `by_paradigm`
+    return {**results["overall"], "by_paradigm": results["by_paradigm"], "pairs_by_paradigm": numbers}
 
 
 def _noise(comparison: Comparison, folder: Path, seed: int) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ intervals lie wholly where the claim says, *not supported* if both lie wholly el
 scale*. *Better* or *worse* says how the first model differs: one that should be the same can be better. A margin
 widens the claim: what should be the same may differ by as much, and what should be lower may be higher by as much.
 
-Differences are those of the first model minus the second, the bootstrap's interval before Student's. Losses are in nats
-per token, scores in points. `narrow_AxB` is a standard model A wide, with an MLP of B.
+Differences are those of the first model minus the second, the bootstrap's interval before Student's. Losses are in
+nats per token, scores in points. `narrow_AxB` is a standard model A wide, with an MLP of B.
 
 The models are small and have read little: nothing here is about larger ones. With three seeds, a claim of "the same"
 can hardly be supported, and of so many verdicts at 95 % a few are chance.
