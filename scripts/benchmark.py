@@ -36,7 +36,7 @@ import transformers
 
 import shared_bert
 from shared_bert.command_line import reports_user_errors
-from shared_bert.data import load_documents, load_tokenizer, train_tokenizer
+from shared_bert.data import first_rows, load_documents, load_tokenizer, train_tokenizer
 from shared_bert.data.tasks import load_glue
 from shared_bert.evaluation import StepSettings, TrainingStep, compare_training_steps, environment, peak_memory
 from shared_bert.evaluation.efficiency import (
@@ -157,7 +157,7 @@ def memory(arguments: argparse.Namespace):
 
 def packed(arguments: argparse.Namespace):
     documents = load_documents(train_file=arguments.train_file)["train"]
-    documents = documents.shuffle(seed=0).select(range(min(arguments.documents, len(documents))))
+    documents = first_rows(documents.shuffle(seed=0), arguments.documents)
     if arguments.tokenizer_name:
         tokenizer = load_tokenizer(arguments.tokenizer_name)
     else:
@@ -218,7 +218,7 @@ def finetune(arguments: argparse.Namespace):
     from shared_bert.evaluation.finetuning_speed import compare_padding  # needs the extra finetune
 
     splits = load_glue(arguments.task, arguments.data_dir)
-    rows = {split: part.select(range(min(arguments.rows, len(part)))) for split, part in splits.items()}
+    rows = {split: first_rows(part, arguments.rows) for split, part in splits.items()}
     row = compare_padding(
         arguments.model,
         load_tokenizer(arguments.model),
@@ -278,7 +278,7 @@ def deploy(arguments: argparse.Namespace):
     table = deployment_table(result)
     print(table)
     write(arguments, [result])
-    arguments.output.with_suffix(".md").write_text(table + "\n")
+    arguments.output.with_suffix(".md").write_text(table)
 
 
 def write(arguments: argparse.Namespace, rows: list[dict]):

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from shared_bert.command_line import reports_user_errors
-from shared_bert.data import load_documents, load_tokenizer
+from shared_bert.data import first_rows, load_documents, load_tokenizer
 from shared_bert.data.tasks import glue_task, load_glue
 from shared_bert.evaluation import blimp_accuracy, environment, load_pairs, perplexity
 from shared_bert.evaluation.records import load_compared, write_scores
@@ -38,7 +38,7 @@ from shared_bert.folders import load_any_model
 
 def validation_rows(name: str, parsed: argparse.Namespace):
     rows = load_glue(name, parsed.data_dir)[glue_task(name).validation[0]]
-    return rows if parsed.max_rows is None else rows.select(range(min(parsed.max_rows, len(rows))))
+    return first_rows(rows, parsed.max_rows)
 
 
 def load_classifier(name_or_path: str, device: str):
@@ -95,8 +95,7 @@ def blimp(name_or_path: str, parsed: argparse.Namespace) -> dict[str, Any]:
 
 def perplexity_of(name_or_path: str, parsed: argparse.Namespace) -> dict[str, float]:
     model, tokenizer = load_language_model(name_or_path, parsed.device), load_tokenizer(name_or_path)
-    # The file is its own validation text, so that no text is split off.
-    documents = load_documents(train_file=parsed.text, validation_file=parsed.text)["train"]
+    documents = load_documents(train_file=parsed.text, validation_split=None)["train"]
     results = perplexity(model, tokenizer, documents["text"], parsed.window, parsed.stride)
     print(f"  perplexity {results['per_token']:.2f} per token, {results['per_word']:.2f} per word")
     return results

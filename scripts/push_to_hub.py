@@ -1,4 +1,4 @@
-"""Pushes a checkpoint to the Hub: weights, code, tokenizer, metrics and card, in one commit.
+"""Push a checkpoint to the Hub: weights, code, tokenizer, metrics and card, in one commit.
 
 python scripts/push_to_hub.py runs/quickstart/shared_bert NAME/shared-bert-tiny
 python scripts/push_to_hub.py runs/mine/checkpoint-500 NAME/REPO --revision step-500

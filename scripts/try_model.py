@@ -1,4 +1,4 @@
-"""Shows what a trained language model does: fills the [MASK] of each text, or writes on from it.
+"""Show what a trained language model does: fill the [MASK] of each text, or continue it.
 
 python scripts/try_model.py FOLDER "Return the [MASK] of the array."
 python scripts/try_model.py FOLDER "Return the"
@@ -21,7 +21,7 @@ def fill_mask(model, tokenizer, text: str):
     print(f"\n{text}\n  " + ", ".join(f"{guess['token_str']} ({guess['score']:.0%})" for guess in guesses))
 
 
-def write_on(model, tokenizer, text: str):
+def continue_text(model, tokenizer, text: str):
     torch.manual_seed(0)
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
     (written,) = write(text, max_new_tokens=60, do_sample=True, temperature=0.7, top_p=0.95)
@@ -37,7 +37,7 @@ def main(arguments: list[str]):
 
     model = load_model(parsed.model, [family.language_model for family in FAMILIES.values()])
     tokenizer = load_tokenizer(parsed.model)
-    show = {"mlm": fill_mask, "clm": write_on}[family_of(model.config).objective]
+    show = {"mlm": fill_mask, "clm": continue_text}[family_of(model.config).objective]
     print(f"{type(model).__name__} ({model.config.attention_scheme}), {model.num_parameters():,} parameters")
     for text in parsed.text:
         show(model, tokenizer, text)

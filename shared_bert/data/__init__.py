@@ -5,7 +5,7 @@ from .collation import CausalLanguageModelingCollator, MaskedLanguageModelingCol
 from .packing import pack
 from .python_docs import load_python_docs
 from .sampling import calibration_batches
-from .sources import load_documents
+from .sources import first_rows, load_documents
 from .tokenizers import check_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "check_tokenizer",
     "collate_blocks",
     "corpus_statistics",
+    "first_rows",
     "load_documents",
     "load_python_docs",
     "load_tokenizer",

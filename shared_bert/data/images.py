@@ -126,8 +126,8 @@ class ImageCollator:
 
     Args:
         mean, std: of the channels, from 0 to 1.
-        flip: in training, mirror half of the images.
-        shift: in training, move images by up to two pixels.
+        flip: mirror half of the images.
+        shift: move images by up to two pixels.
     """
 
     mean: torch.Tensor

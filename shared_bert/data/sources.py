@@ -31,7 +31,7 @@ def load_documents(
     text_column: str = "text",
     sample_by: str = "document",
     streaming: bool = False,
-    validation_split: float = 0.02,
+    validation_split: float | None = 0.02,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     seed: int = 0,
@@ -48,7 +48,8 @@ def load_documents(
         sample_by: the documents of a .txt file: "document" (the whole file), "paragraph" or "line".
         streaming: read while iterating, instead of into the cache first.
         validation_split: the share of the train documents that is split off if the source has no validation
-            split. A hash of the text decides, so the order and number of documents do not matter.
+            split; None splits off nothing. A hash of the text decides, so the order and number of documents do not
+            matter.
         max_train_samples, max_eval_samples: keep this many documents, the first ones.
         seed: of the validation split.
 
@@ -62,7 +63,7 @@ def load_documents(
         raise ValueError("validation_file goes with train_file, not with dataset_name")
     if sample_by not in SAMPLE_BY:
         raise ValueError(f"sample_by must be one of {', '.join(SAMPLE_BY)}, not {sample_by!r}")
-    if not 0 < validation_split < 1:
+    if validation_split is not None and not 0 < validation_split < 1:
         raise ValueError(f"validation_split is a share between 0 and 1, not {validation_split}")
 
     if dataset_name == PYTHON_DOCS:
@@ -77,11 +78,11 @@ def load_documents(
             for split, patterns in files.items()
             if patterns is not None
         }
-    if "validation" not in splits:
+    if "validation" not in splits and validation_split is not None:
         split_off = _split_stream if streaming else _split
         splits = split_off(splits["train"], validation_split, seed)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
-    return {split: _first(splits[split], limit) for split, limit in limits.items()}
+    return {split: first_rows(documents, limits[split]) for split, documents in splits.items()}
 
 
 def _load_hub(name: str, config: str | None, text_column: str, streaming: bool) -> dict[str, Documents]:
@@ -203,9 +204,14 @@ def _is_in(held_out: bool, text: str | None, share: float, seed: int) -> bool:
     return (_hash(text, seed) < share) == held_out
 
 
-def _first(dataset: Documents, limit: int | None) -> Documents:
+def first_rows(dataset: Documents, limit: int | None) -> Documents:
+    """Return no more rows than `limit`, the first ones; None returns all.
+
+    Raises:
+        ValueError: `limit` is below 1.
+    """
     if limit is None:
         return dataset
     if limit < 1:
-        raise ValueError(f"at least one document must be kept, not {limit}")
+        raise ValueError(f"at least one row must be kept, not {limit}")
     return dataset.take(limit if isinstance(dataset, IterableDataset) else min(limit, len(dataset)))

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..data import load_tokenizer
+from ..data import first_rows, load_tokenizer
 from ..data.tasks import GLUE, GLUE_ON_THE_HUB, Task, glue_task, load_file, load_from_hub, load_glue, task_of_rows
 from ..training.arguments import FinetuningArguments, option, read_overrides
 from ..training.finetuning import HEADS, check_max_length, check_model, finetune
@@ -257,4 +257,4 @@ def metric_names(task: Task) -> list[str]:
 
 def _limited(split: str, rows: Dataset, arguments: ClassificationArguments) -> Dataset:
     most = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
-    return rows if most is None else rows.select(range(min(most, len(rows))))
+    return first_rows(rows, most)

@@ -20,6 +20,7 @@ from .efficiency import environment
 from .likelihood import blimp_accuracy, perplexity
 from .records import save_record
 from .short_healing import heal_shortly
+from .tables import markdown_table
 
 SAVED = (0.1, 0.2, 0.33, 0.5)
 _BLOCK_SIZE = 512
@@ -177,13 +178,13 @@ def table(result: dict[str, Any]) -> str:
     """Return the results as a Markdown table: perplexity per token, and BLiMP in percent."""
     stages = [stage for stage in _STAGES if any(stage in row for row in result["rows"])]
     header = ["", "attention saved", *(f"{what}, {stage}" for what in ("perplexity", "BLiMP") for stage in stages)]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    rows = []
     for row in (result["original"], *result["rows"]):
         cells = [f"`{row['name']}`", f"{row['saved']:.1%}"]
         for key, number in (("perplexity", _perplexity), ("blimp", "{:.1%}".format)):
             cells += [number(row[stage][key]) if stage in row else "" for stage in stages]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return markdown_table(header, rows)
 
 
 def _perplexity(value: float) -> str:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TorchAoConfig
 
 from ..conversion import from_stock, to_stock
 from .efficiency import take_turns
+from .tables import markdown_table
 
 # Rows, and tokens per row.
 LATENCY = (1, 16)
@@ -308,15 +309,12 @@ def deployment_table(result: dict[str, Any]) -> str:
     Ratios compare a model with the first one in the same runtime; above 1 it is larger, or faster.
     """
     latency, throughput = ("{} × {}".format(*shape) for shape in result["shapes"].values())
-    lines = [
+    caption = (
         f"Latency of {latency} tokens, throughput at {throughput}; medians of {result['rounds']} rounds. In brackets: "
         "the size and the speed next to the first model in the same runtime. The difference is the largest from the "
-        "embeddings, of length one, of the same model in torch in float32.",
-        "",
-        "| runtime | model | MB | latency, ms | tokens/s | difference |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    first = {}
+        "embeddings, of length one, of the same model in torch in float32."
+    )
+    rows, first = [], {}
     for row in result["rows"]:
         reference = first.setdefault(row["runtime"], row)
         cells = [
@@ -327,6 +325,7 @@ def deployment_table(result: dict[str, Any]) -> str:
             f"{row['tokens_per_second']:,.0f} ({row['tokens_per_second'] / reference['tokens_per_second']:.2f}×)",
             f"{row['difference']:.1e}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"\n{runtime} was left out: it {reason}" for runtime, reason in result["skipped"].items()]
-    return "\n".join(lines)
+        rows.append(cells)
+    table = markdown_table(["runtime", "model", "MB", "latency, ms", "tokens/s", "difference"], rows)
+    left_out = (f"\n{runtime} was left out: it {reason}\n" for runtime, reason in result["skipped"].items())
+    return f"{caption}\n\n{table}{''.join(left_out)}"

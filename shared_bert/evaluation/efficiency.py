@@ -24,6 +24,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..conversion.families import AUTO_CLASSES, FAMILIES
+from .tables import markdown_table
 
 MLM_PROBABILITY = 0.15
 # Config fields by task: decoders are pre-trained without dropout.
@@ -253,7 +254,7 @@ def speed_table(rows: list[dict]) -> str:
     columns = ["task", "scheme", "batch", *rows[0]["settings"], "speedup", "quartiles"]
     with_memory = any("memory_ratio" in row for row in rows)
     columns += ["peak memory"] * with_memory
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = []
     for row in rows:
         settings = row["settings"]["shared"]
         task = settings["task"] + (", compiled" if settings["compiled"] else "")
@@ -265,8 +266,8 @@ def speed_table(rows: list[dict]) -> str:
         cells.append(f"{low:.2f} to {high:.2f}")
         if with_memory:
             cells.append(f"{row['memory_ratio']:.2f}×" if "memory_ratio" in row else "–")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(columns, lines)
 
 
 def profile_step(settings: StepSettings) -> dict[str, float]:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion.families import family_of
+from ..data import first_rows
 from ..data.tasks import Task, glue_task
 from ..modeling import SharedAttentionConfig, fix_coefficients
 from ..training.arguments import FinetuningArguments
@@ -121,7 +122,7 @@ def measure_efficiency(
     configs = {f"stock {stock.model_type}": stock, **configs}
     # Evaluation is not measured: a batch is enough.
     most = {split: rows if split == "train" else FINETUNING[0] for split in splits}
-    splits = {split: part.select(range(min(most[split], len(part)))) for split, part in splits.items()}
+    splits = {split: first_rows(part, most[split]) for split, part in splits.items()}
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: str(Path(folder, str(i))) for i, name in enumerate(configs)}
         models = {}

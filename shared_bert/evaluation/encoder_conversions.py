@@ -16,6 +16,7 @@ from .efficiency import environment
 from .records import save_record
 from .sentence_similarity import similarity_spearman
 from .short_healing import heal_shortly
+from .tables import markdown_table
 
 _BLOCK_SIZE = 64
 _CALIBRATION_TOKENS = 2**15
@@ -131,15 +132,16 @@ validation ({pairs} pairs; the original has {original:.4f}), and the error of th
 - *errors*: relative errors of the products query · key / value · output over all layers, each of what was fitted:
   of the matrices (*weights*), and of the matrices on the layers' inputs (*text*).
 
-| | attention saved | errors, weights | errors, text | unaligned | weights | text | healed | tokens | minutes |
-|---|---|---|---|---|---|---|---|---|---|
-{rows}
-"""
+{table}"""
+_HEADER = (
+    "", "attention saved", "errors, weights", "errors, text", "unaligned", "weights", "text", "healed", "tokens",
+    "minutes",
+)  # fmt: skip
 
 
 def card(result: dict) -> str:
     """Return the table of the results as Markdown."""
-    lines = []
+    rows = []
     for name, row in result["rows"].items():
         report, spearman, healing = row["report"], row["spearman"], row.get("healing", {})
         saved = 1 - report["parameters_after"] / report["parameters_before"]
@@ -147,12 +149,12 @@ def card(result: dict) -> str:
         cells = [f"`{name}`", f"{round(saved, 3) + 0.0:.1%}", *errors]
         cells += [f"{spearman[column]:.4f}" if column in spearman else "" for column in _COLUMNS]
         cells += [f"{healing['tokens']:,}", f"{healing['seconds'] / 60:.1f}"] if healing else ["", ""]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     texts = ", ".join(sorted({row["text"] for row in result["rows"].values()}))
     return _CARD.format(
         original=result["original"],
         pairs=result["pairs"],
         tokens=_CALIBRATION_TOKENS,
         text=texts,
-        rows="\n".join(lines),
+        table=markdown_table(_HEADER, rows),
     )

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .efficiency import StepSettings, measure_alone
+from .tables import markdown_table
 
 _AXES = {"sequence_length": "tokens of a text", "batch_size": "texts in a batch"}
 _FIGURES = {"seconds": "seconds per step", "peak_memory_bytes": "peak memory (GiB)"}
@@ -50,7 +51,7 @@ def measure_growth(
 
 def growth_table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table; a slope is the exponent of the growth since the row above: 1 is linear."""
-    lines = ["| batch | model | time | slope | peak memory | slope |", "|---|---|---|---|---|---|"]
+    cells_of_rows = []
     for varied, line in _lines(rows):
         for before, row in zip([None, *line], line, strict=False):
             settings = row["settings"]
@@ -58,8 +59,8 @@ def growth_table(rows: list[dict[str, Any]]) -> str:
             for key, text in (("seconds", "{:.3g} s"), ("peak_memory_bytes", "{:.2f} GiB")):
                 cells += ["out of memory" if row[key] is None else text.format(_shown(row, key))]
                 cells += ["" if before is None or row[key] is None else f"{_slope(before, row, varied, key):.2f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            cells_of_rows.append(cells)
+    return markdown_table(["batch", "model", "time", "slope", "peak memory", "slope"], cells_of_rows)
 
 
 def draw_growth(rows: list[dict[str, Any]], path: Path):

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..training.arguments import RunArguments, option
+from .tables import markdown_table
 
 _SETTINGS = (
     "learning_rate", "head_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay",
@@ -159,12 +160,12 @@ def score_table(records: dict[str, list[dict[str, Any]]]) -> str:
     """Return a Markdown table of mean ± standard deviation over the seeds, in percent; a row for each model."""
     metrics, scores = scores_by_task(records)
     header = ["model", *(f"{task} ({metric})" for task, metric in metrics.items()), "mean"]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    rows = []
     for model, found in scores.items():
         cells = [format_scores(found[task]) if task in found else "" for task in metrics]
         mean = f"{statistics.mean(map(statistics.mean, found.values())):.2f}" if all(cells) else ""
-        lines.append(f"| {model} | {' | '.join(cells)} | {mean} |")
-    return "\n".join(lines) + "\n"
+        rows.append([model, *cells, mean])
+    return markdown_table(header, rows)
 
 
 def caption(records: dict[str, list[dict[str, Any]]]) -> str:
@@ -189,14 +190,14 @@ def difference_table(records: dict[str, list[dict[str, Any]]]) -> str:
         for name, of_model in records.items()
     }
     first, *others = scores
-    lines = [f"| minus {first} | {' | '.join(metrics)} |", "|" + "---|" * (len(metrics) + 1)]
+    rows = []
     for name in others:
         cells = []
         for task in metrics:
             both = [run for run in scores[name] if run in scores[first] and run[0] == task]
             cells.append(format_difference([scores[name][run] - scores[first][run] for run in both]))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *cells])
+    return markdown_table([f"minus {first}", *metrics], rows)
 
 
 def format_difference(values: list[float]) -> str:

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .tables import markdown_table
+
 START_SECONDS = 300
 TEXT = "the fox hunts while the dog barks at an owl that sees a cat and a hen"
 
@@ -120,12 +122,10 @@ def load_test(
 
 def load_table(rows: list[dict]) -> str:
     """Return results of `load_test`, each with the `server` and the `model`, as a Markdown table."""
-    lines = [
-        "| server | model | requests | lost | median | 95th percentile | tokens a second |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = ["server", "model", "requests", "lost", "median", "95th percentile", "tokens a second"]
+    lines = []
     for row in rows:
         cells = [row["server"], f"`{row['model']}`", str(row["requests"]), str(row["lost"])]
         cells += [f"{row['seconds_median']:.2f} s", f"{row['seconds_95th']:.2f} s", f"{row['tokens_per_second']:,.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(header, lines)

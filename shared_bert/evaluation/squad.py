@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..data import load_tokenizer
+from ..data import first_rows, load_tokenizer
 from ..data.squad import load_squad
 from ..training.arguments import FinetuningArguments, option, read_overrides
 from ..training.question_answering import RESULTS, finetune_squad
@@ -18,6 +18,7 @@ from .records import (
     run_settings,
     save_record,
 )
+from .tables import markdown_table
 
 
 @dataclass(kw_only=True)
@@ -58,8 +59,7 @@ def run_squad(arguments: SquadArguments, training_args: FinetuningArguments) -> 
         files["intermediate"] = arguments.intermediate_file
     rows = {split: load_squad(path) for split, path in files.items()}
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
-        if limit is not None:
-            rows[split] = rows[split].select(range(min(limit, len(rows[split]))))
+        rows[split] = first_rows(rows[split], limit)
     for seed in arguments.seed_numbers:
         path = record_path(output, "squad", seed)
         if path.exists():
@@ -112,8 +112,8 @@ def _print_lost(record: dict[str, Any]):
 
 def squad_table(records: dict[str, list[dict[str, Any]]]) -> str:
     """Return a Markdown table of exact match and F1, mean ± standard deviation over the seeds, a row per model."""
-    lines = ["| model | exact match | F1 |", "|---|---|---|"]
-    for model, found in records.items():
-        cells = [format_scores([record[metric] for record in found]) for metric in ("exact_match", "f1")]
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [model, *(format_scores([record[metric] for record in found]) for metric in ("exact_match", "f1"))]
+        for model, found in records.items()
+    ]
+    return markdown_table(["model", "exact match", "F1"], rows)

@@ -27,6 +27,9 @@ class SharingConfig(QuantizationConfigMixin):
         layer_ranks: the rank of a target in each layer, where `rank` is not the same for all.
         targets: the matrices that `depth_sharing` applies to.
         attention: of each attention stack, its matrices by role (see `find_attention`) and its number of heads.
+        format: version of the record.
+        quant_method: by which transformers finds this class.
+        to_load: what to do, for a reader of config.json.
     """
 
     attention_scheme: str = "standard"

@@ -135,6 +135,11 @@ class SharedAttentionConfig(PreTrainedConfig):
 
     @property
     def scheme(self) -> Scheme:
+        """The row of `SCHEMES`.
+
+        Raises:
+            ValueError: the name is unknown.
+        """
         if self.attention_scheme not in SCHEMES:
             raise ValueError(
                 f"attention_scheme={self.attention_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}"

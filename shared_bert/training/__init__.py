@@ -1,4 +1,4 @@
-"""Pre-training on `transformers.Trainer`."""
+"""Pre-training, fine-tuning, conversion and healing on `transformers.Trainer`."""
 
 try:
     from .arguments import (

@@ -1,4 +1,4 @@
-"""Finding whole checkpoints, and whether an output folder is free."""
+"""Checkpoints and output folders: finding whole ones, removing an old run, publishing a trained model."""
 
 import json
 import logging

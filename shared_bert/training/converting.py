@@ -18,6 +18,7 @@ from ..injection import SharingReport, share
 from .arguments import ConversionArguments, DataArguments, PretrainingArguments
 from .checkpoints import finished_checkpoints
 from .healing import check_healing, heal
+from .models import check_length, check_vocabulary
 from .text import pack_documents, read_documents
 
 SOURCES = (*SHARED_CLASSES, *STOCK_CLASSES)
@@ -116,19 +117,14 @@ def _read_calibration(
     model: PreTrainedModel, name_or_path: str, conversion: ConversionArguments, data_args: DataArguments, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches of calibration text; it is read when the first is taken, after all options have been checked."""
-    config = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", data_args.block_size)
-    if data_args.block_size > most:
-        raise ValueError(f"block_size={data_args.block_size} is more than max_position_embeddings={most}")
+    check_length(model.config, "block_size", data_args.block_size)
     source = conversion.calibration
     is_file = Path(source).exists() or "*" in source or Path(source).suffix in FORMATS
-    # The file is its own validation text, so that no text is split off.
     file, dataset = (source, None) if is_file else (None, source)
-    data_args = replace(data_args, train_file=file, validation_file=file, dataset_name=dataset)
+    data_args = replace(data_args, train_file=file, validation_file=None, dataset_name=dataset, validation_split=None)
     documents = read_documents(data_args, seed)["train"]
     tokenizer = load_tokenizer(name_or_path)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model vocab_size={config.vocab_size}")
+    check_vocabulary(model.config, tokenizer)
     num_tokens = conversion.calibration_tokens
     num_tokens = _CALIBRATION_TOKENS if num_tokens is None else num_tokens
     try:

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..data.tasks import Task, tokenize_task
 from .arguments import FinetuningArguments
 from .metrics import task_metrics
+from .models import check_length, check_vocabulary
 from .run import run_training, starting_checkpoint
 from .trainer import SafeTrainer
 
@@ -86,8 +87,7 @@ def check_model(
     for name in config_overrides or ():
         if name not in config.__dataclass_fields__:
             raise ValueError(f"config_overrides: a {config.model_type} has no field {name!r}")
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
+    check_vocabulary(config, tokenizer)
 
 
 def load_for_task(
@@ -133,9 +133,7 @@ def check_max_length(name_or_path: str, max_length: int):
     """Raise a ValueError if rows of `max_length` tokens are too long for a model, or too short for a text."""
     if max_length < 8:
         raise ValueError(f"max_length={max_length} leaves no room for text: give 8 or more")
-    most = read_model_config(name_or_path).max_position_embeddings
-    if max_length > most:
-        raise ValueError(f"max_length={max_length} is more than the model's max_position_embeddings={most}")
+    check_length(read_model_config(name_or_path), "max_length", max_length)
 
 
 def label_fields(task: Task) -> dict[str, Any]:
@@ -173,7 +171,7 @@ def finetune(
         `metrics` of training and of the last evaluation, and `epochs`, the metrics of each evaluation in turn.
 
     Raises:
-        ValueError, OSError: see `load_for_task`.
+        ValueError, OSError: see `load_for_task`, `check_max_length` and `starting_checkpoint`.
         FloatingPointError: training diverged.
     """
     check_max_length(name_or_path, max_length)

@@ -16,6 +16,7 @@ from ..data import collate_blocks
 from ..data.packing import PADDING
 from ..injection import SharingConfig
 from .arguments import DataArguments, PretrainingArguments
+from .models import check_length, check_vocabulary
 from .run import run_training, starting_checkpoint
 from .text import block_datasets, check_streaming, describe_text, pack_documents, read_documents
 from .trainer import TimedTrainer, uses_fsdp
@@ -111,14 +112,10 @@ def check_healing(
     training_args: PretrainingArguments,
 ):
     """Raise the ValueError of `heal` for invalid arguments, before any text is read."""
-    config = teacher.config.get_text_config()
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
+    check_vocabulary(teacher.config, tokenizer)
     if (data_args.dataset_name is None) == (data_args.train_file is None):
         raise ValueError("healing needs text: give exactly one of dataset_name and train_file")
-    most = getattr(config, "max_position_embeddings", data_args.block_size)
-    if data_args.block_size > most:
-        raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")
+    check_length(teacher.config, "block_size", data_args.block_size)
     check_streaming(data_args, training_args)
     if uses_fsdp(training_args) and teacher.base_model is teacher:
         # FSDP2 renames the class of the outermost module, by whose name transformers finds the hidden states.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import shared_bert
@@ -89,6 +89,19 @@ def make_model(
                 f"{problem.replace('_', ' ')} {weights}"
             )
     return model
+
+
+def check_length(config: PreTrainedConfig, option: str, length: int):
+    """Raise a ValueError if rows of `length` tokens, which an option asks for, are longer than a model can read."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", length)
+    if length > most:
+        raise ValueError(f"{option}={length} is more than the model's max_position_embeddings={most}")
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase):
+    """Raise a ValueError if a tokenizer has more tokens than a model."""
+    if len(tokenizer) > (size := config.get_text_config().vocab_size):
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={size}")
 
 
 def restore_use_cache(config: PreTrainedConfig):

@@ -19,7 +19,7 @@ from ..data import (
 from ..injection.sharing_config import sharing_record
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
 from .metrics import accuracy_of, likeliest_tokens
-from .models import config_fields, make_model, new_config, pretraining_objective
+from .models import check_length, check_vocabulary, config_fields, make_model, new_config, pretraining_objective
 from .run import run_training, starting_checkpoint
 from .text import block_datasets, check_streaming, describe_text, pack_documents, read_documents
 from .trainer import PretrainingTrainer
@@ -169,9 +169,7 @@ def check_pretraining(
             "transformers"
         )
     config = new_config(stated)
-    most = getattr(config, "max_position_embeddings", math.inf)
-    if data_args.block_size > most:
-        raise ValueError(f"block_size={data_args.block_size} is more than the model's max_position_embeddings={most}")
+    check_length(config, "block_size", data_args.block_size)
     if model_args.sharing:
         make_model(config, sharing=model_args.sharing)  # what it cannot share should be known now
     trained_size = model_args.tokenizer_vocab_size
@@ -195,8 +193,7 @@ def _fit_config(stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase, obje
     check_tokenizer(tokenizer, objective)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = AutoConfig.for_model(**{"vocab_size": padded_vocab_size(len(tokenizer)), **stated, **ids})
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size={config.vocab_size}")
+    check_vocabulary(config, tokenizer)
     return config
 
 

@@ -191,7 +191,7 @@ def test_the_table_compares_within_a_runtime():
         ["OpenVINO", "one", "4.0 (1.00×)", "3.00 (1.00×)", "2,000 (1.00×)", "1.0e-06"],
     ]
     assert "1 × 16 tokens, throughput at 8 × 128; medians of 3 rounds" in text
-    assert text.endswith("ONNX Runtime was left out: it needs onnx")
+    assert text.endswith("ONNX Runtime was left out: it needs onnx\n")
 
 
 def test_the_command_writes_both_tables(original, two_runtimes, monkeypatch, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_the_command_writes_both_tables(original, two_runtimes, monkeypatch, tmp
     (result,) = record["results"]
     assert [row["model"] for row in result["rows"]] == 2 * list(module.deployed_models(original))
     assert result["rounds"] == 1
-    assert output.with_suffix(".md").read_text() == deployment_table(result) + "\n"
+    assert output.with_suffix(".md").read_text() == deployment_table(result)
     assert deployment_table(result) in capsys.readouterr().out
 
 

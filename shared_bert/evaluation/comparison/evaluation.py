@@ -41,9 +41,8 @@ def _text_losses(
 ) -> dict[str, Any]:
     _, data_args, _ = comparison.arguments
     options = comparison.texts
-    # The file is its own validation text, so that no text is split off.
     documents = load_documents(
-        train_file=path, validation_file=path, text_column=data_args.text_column, sample_by=data_args.sample_by
+        train_file=path, text_column=data_args.text_column, sample_by=data_args.sample_by, validation_split=None
     )["train"]
     # Evenly spaced: neighbours are often of one book.
     number = min(options.max_documents or len(documents), len(documents))

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..tables import markdown_table
 from .comparison import Comparison, non_embedding
 from .differences import RESAMPLES, Difference, Measure, verdict
 from .gathering import Results
@@ -99,7 +100,7 @@ def report(results: Results) -> str:
         parts += ["## Claims\n", claim_table(results)]
     published = [(v.name, v.published) for v in comparison.variants if v.published]
     if published:
-        parts += ["## What the papers report\n", _table(["variant", "published"], published)]
+        parts += ["## What the papers report\n", markdown_table(["variant", "published"], published)]
     if results.missing:
         parts.append(f"Runs without a record: {', '.join(results.missing)}.\n")
     return "\n".join(parts)
@@ -135,11 +136,6 @@ def _speed(results: Results) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def score_table(results: Results) -> str:
     """Return a table with a row for each variant: its size, its speed, and every measure."""
     whole = non_embedding(results.comparison.costs[results.comparison.baseline])
@@ -150,7 +146,7 @@ def score_table(results: Results) -> str:
         cells = [f"`{name}`", f"{first['non_embedding']:,}", f"{first['non_embedding'] / whole:.1%}", f"{speed:,.0f}"]
         rows.append(cells + [_mean_and_deviation(measure, records) for measure in results.measures])
     header = ["variant", "parameters", "kept", "tokens/s", *(measure.title for measure in results.measures)]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _mean_and_deviation(measure: Measure, records: list[Record]) -> str:
@@ -169,7 +165,7 @@ def _sweep_table(results: Results) -> str:
             at_end = len(values) > 1 and records[0][option] in (min(values), max(values))
             cells.append(f"{records[0][option]:g}{' (end of the range)' * at_end}")
         rows.append([f"`{name}`", *cells])
-    table = _table(["variant", *(option.replace("_", " ") for option in tried)], rows)
+    table = markdown_table(["variant", *(option.replace("_", " ") for option in tried)], rows)
     return f"Options with the lowest evaluation loss after {steps:,} steps with seed {sweep.seed}:\n\n{table}"
 
 
@@ -181,7 +177,7 @@ def difference_table(results: Results, pairs: dict[str, str]) -> str:
         + [format_difference(results.difference(measure, name, other), measure) for measure in results.measures]
         for name, other in pairs.items()
     ]
-    return _table(["", *(measure.title for measure in results.measures)], rows)
+    return markdown_table(["", *(measure.title for measure in results.measures)], rows)
 
 
 def format_difference(found: Difference | None, measure: Measure) -> str:
@@ -212,4 +208,4 @@ def claim_table(results: Results) -> str:
                     f"**{verdict(found, claim.expected, claim.within, measure.lower_is_better)}**",
                 ]
             )
-    return _table(["claim", "measured", "difference", "verdict"], rows)
+    return markdown_table(["claim", "measured", "difference", "verdict"], rows)
