@@ -108,7 +108,7 @@ def _load_files(patterns: Files, text_column: str, sample_by: str, streaming: bo
     if len(formats) > 1:
         raise ValueError(f"files of several formats cannot be mixed: {', '.join(map(str, files))}")
     for file in files:
-        _check_file(file, text_column)
+        _check_file(file, text_column, streaming)
     (kind,) = formats
     options = {"sample_by": sample_by} if kind == "text" else {}
     names = [str(file) for file in files]
@@ -137,8 +137,8 @@ def _find_files(patterns: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _check_file(file: Path, text_column: str) -> None:
-    """Raise the loader's error with the file's name, if the beginning of a file, at most 1 MiB, cannot be read."""
+def _check_file(file: Path, text_column: str, streaming: bool) -> None:
+    """Raise the loader's error with the file's name, if a file, or the first MiB of a stream, cannot be read."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty")
     try:
@@ -147,7 +147,8 @@ def _check_file(file: Path, text_column: str) -> None:
         else:
             with file.open(encoding="utf-8", newline="") as lines:
                 columns = [text_column] if file.suffix == ".txt" else list(_first_json_object(lines))
-                lines.read(1 << 20)
+                while lines.read(1 << 20) and not streaming:
+                    pass
     except (OSError, ValueError, TypeError, LookupError, RecursionError, pa.ArrowException) as error:
         raise ValueError(f"{file} cannot be read as {FORMATS[file.suffix]}: {error}") from error
     if text_column not in columns:

@@ -192,7 +192,7 @@ BAD_OPTIONS = [
     ("--num_atoms 2", "num_atoms=2 does not go with depth_sharing='none'"),
     ("--calibration EMPTY --block_size 32", "calibration text EMPTY: the corpus has 0 tokens"),
     ("--calibration missing.txt --block_size 32", "no file found at 'missing.txt'"),
-    ("--calibration TEXT", "block_size=512 is more than max_position_embeddings=40"),
+    ("--calibration TEXT", "block_size=512 is more than the model's max_position_embeddings=40"),
     ("--calibration TEXT --block_size 32 --calibration_tokens 0", "num_tokens=0 must be at least 1"),
     ("--calibration_tokens 100", "calibration_tokens=100 needs calibration"),
     ("--max_steps 3", "--max_steps goes with --heal"),
