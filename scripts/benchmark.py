@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import transformers
@@ -81,6 +82,15 @@ def pair(arguments: argparse.Namespace, task: str, batch: tuple[int, int], schem
     return {"own": settings, "shared": replace(settings, model_fields=settings.model_fields + sharing)}
 
 
+def as_dicts(compared: dict[str, StepSettings]) -> dict[str, dict]:
+    return {name: asdict(settings) for name, settings in compared.items()}
+
+
+def describe(compared: dict[str, StepSettings]) -> str:
+    settings = compared["shared"]
+    return f"{settings.task} {settings.batch_size}x{settings.sequence_length}"
+
+
 def report(arguments: argparse.Namespace, rows: Iterable[dict]):
     """Print each row when it is there, and write all, with their table."""
     kept = []
@@ -93,32 +103,28 @@ def report(arguments: argparse.Namespace, rows: Iterable[dict]):
     print("speedup: " + ", ".join(f"{row['speedup']:.2f}" for row in kept))
 
 
-def train(arguments: argparse.Namespace):
-    def rows() -> Iterator[dict]:
-        for task in arguments.task:
-            for batch in arguments.shapes:
-                compared = pair(arguments, task, batch, arguments.scheme or DEFAULT_SCHEMES[task])
-                if arguments.skip_memory:
-                    yield compare(TrainingStep, compared, arguments.rounds)
-                else:
-                    yield compare_training_steps(compared, arguments.rounds)
+def training_steps(arguments: argparse.Namespace) -> Iterator[dict]:
+    """Return the pairs of all tasks and shapes."""
+    for task in arguments.task:
+        for batch in arguments.shapes:
+            yield pair(arguments, task, batch, arguments.scheme or DEFAULT_SCHEMES[task])
 
-    report(arguments, rows())
+
+def train(arguments: argparse.Namespace):
+    measure = partial(compare, TrainingStep) if arguments.skip_memory else compare_training_steps
+    report(arguments, (measure(compared, arguments.rounds) for compared in training_steps(arguments)))
 
 
 def profile(arguments: argparse.Namespace):
     rows = []
-    for task in arguments.task:
-        for batch in arguments.shapes:
-            compared = pair(arguments, task, batch, arguments.scheme or DEFAULT_SCHEMES[task])
-            seconds = {name: profile_step(settings) for name, settings in compared.items()}
-            settings = {name: asdict(of_model) for name, of_model in compared.items()}
-            rows.append({"settings": settings, "seconds": seconds})
-            print(f"{task} {batch[0]}x{batch[1]}", flush=True)
-            for name, by_operator in seconds.items():
-                print(f"  {name}: {sum(by_operator.values()):.2f} s")
-                for operator, of_operator in list(by_operator.items())[:15]:
-                    print(f"    {of_operator:8.3f} s  {operator}")
+    for compared in training_steps(arguments):
+        seconds = {name: profile_step(settings) for name, settings in compared.items()}
+        rows.append({"settings": as_dicts(compared), "seconds": seconds})
+        print(describe(compared), flush=True)
+        for name, by_operator in seconds.items():
+            print(f"  {name}: {sum(by_operator.values()):.2f} s")
+            for operator, of_operator in list(by_operator.items())[:15]:
+                print(f"    {of_operator:8.3f} s  {operator}")
     write(arguments, rows)
 
 
@@ -143,14 +149,11 @@ def decode(arguments: argparse.Namespace):
 
 def memory(arguments: argparse.Namespace):
     rows = []
-    for task in arguments.task:
-        for batch in arguments.shapes:
-            compared = pair(arguments, task, batch, arguments.scheme or DEFAULT_SCHEMES[task])
-            peaks = {name: peak_memory(settings) for name, settings in compared.items()}
-            before, after = peaks.values()
-            settings = {name: asdict(of_model) for name, of_model in compared.items()}
-            rows.append({"settings": settings, "peak_memory_bytes": peaks, "memory_ratio": after / before})
-            print(f"{task} {batch[0]}x{batch[1]}: {before / 2**30:.2f} and {after / 2**30:.2f} GiB", flush=True)
+    for compared in training_steps(arguments):
+        peaks = {name: peak_memory(settings) for name, settings in compared.items()}
+        before, after = peaks.values()
+        rows.append({"settings": as_dicts(compared), "peak_memory_bytes": peaks, "memory_ratio": after / before})
+        print(f"{describe(compared)}: {before / 2**30:.2f} and {after / 2**30:.2f} GiB", flush=True)
     write(arguments, rows)
     print("memory: " + ", ".join(f"{row['memory_ratio']:.2f}" for row in rows))
 
@@ -293,21 +296,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     schemes = {"choices": shared_bert.SCHEMES, "help": "default: shared (mlm), query_free (clm)"}
 
-    command = commands.add_parser("train", help="a training step")
-    command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
-    command.add_argument("--scheme", **schemes)
-    command.add_argument("--skip_memory", action="store_true", help="which is measured in processes of its own")
-    add_common_options(command, train, [(8, 128), (4, 512)])
-
-    command = commands.add_parser("profile", help="where the time of a training step goes, by operator")
-    command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
-    command.add_argument("--scheme", **schemes)
-    add_common_options(command, profile, [(4, 512)])
-
-    command = commands.add_parser("memory", help="the peak memory of a training step")
-    command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
-    command.add_argument("--scheme", **schemes)
-    add_common_options(command, memory, [(4, 512)])
+    for run, shapes, text in (
+        (train, [(8, 128), (4, 512)], "a training step"),
+        (profile, [(4, 512)], "where the time of a training step goes, by operator"),
+        (memory, [(4, 512)], "the peak memory of a training step"),
+    ):
+        command = commands.add_parser(run.__name__, help=text)
+        command.add_argument("--task", nargs="+", choices=DEFAULT_SCHEMES, default=list(DEFAULT_SCHEMES))
+        command.add_argument("--scheme", **schemes)
+        if run is train:
+            command.add_argument(
+                "--skip_memory", action="store_true", help="which is measured in processes of its own"
+            )
+        add_common_options(command, run, shapes)
 
     command = commands.add_parser("encode", help="hidden states of texts, without gradients")
     command.add_argument("--scheme", nargs="+", choices=shared_bert.SCHEMES, default=list(shared_bert.SCHEMES))

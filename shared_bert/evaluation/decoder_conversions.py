@@ -15,6 +15,7 @@ from ..data import calibration_batches, load_documents
 from ..injection import share
 from ..injection.linear import features
 from ..injection.targets import find_attention, layer_names, linear_maps
+from ..plotting import legend, tidy
 from ..training import DataArguments
 from .efficiency import environment
 from .likelihood import blimp_accuracy, perplexity
@@ -206,8 +207,6 @@ def draw(result: dict[str, Any], path: Path):
                     axes.plot(kept, values, **look, label=f"{name}, {stage}")
         if key == "perplexity":
             axes.set_yscale("log")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        tidy(axes, grid="y")
+    legend(figure)
     figure.savefig(path)

@@ -208,9 +208,9 @@ def compare(
         "rounds": rounds,
         "seconds": {name: statistics.median(measured) for name, measured in times.items()},
         "first_seconds": first,
-        "seconds_quartiles": {name: _quartiles(measured) for name, measured in times.items()},
+        "seconds_quartiles": {name: quartiles(measured) for name, measured in times.items()},
         "speedup": statistics.median(before) / statistics.median(after),
-        "speedup_quartiles": _quartiles([one / other for one, other in zip(before, after, strict=True)]),
+        "speedup_quartiles": quartiles([one / other for one, other in zip(before, after, strict=True)]),
     }
 
 
@@ -281,7 +281,8 @@ def profile_step(settings: StepSettings) -> dict[str, float]:
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
-def _quartiles(values: list[float]) -> list[float]:
+def quartiles(values: list[float]) -> list[float]:
+    """Return the three quartiles of values, or the single value."""
     return statistics.quantiles(values, n=4) if len(values) > 1 else values
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..plotting import tidy
 from .efficiency import StepSettings, measure_alone
 from .tables import markdown_table
 
@@ -77,8 +78,7 @@ def draw_growth(rows: list[dict[str, Any]], path: Path):
             axes.set(xscale="log", yscale="log", xlabel=_AXES[varied], ylabel=label)
             axes.set_xticks(values, values)
             axes.minorticks_off()
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color="#dddddd", linewidth=0.6)
+            tidy(axes)
     grid[0][0].legend(frameon=False)
     figure.savefig(path)
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from ..data import Blocks, MaskedLanguageModelingCollator, pack
-from .efficiency import MLM_PROBABILITY, StepSettings, TrainingStep, take_turns
+from .efficiency import MLM_PROBABILITY, StepSettings, TrainingStep, quartiles, take_turns
 
 
 class StepOnText(TrainingStep):
@@ -69,7 +69,7 @@ def compare_packing(
         "tokens_per_second": speeds,
         "real_share": {name: statistics.mean(tokens[name]) / positions for name in steps},
         "speedup": speeds["packed"] / speeds["padded"],
-        "speedup_quartiles": statistics.quantiles(by_round, n=4) if rounds > 1 else by_round,
+        "speedup_quartiles": quartiles(by_round),
     }
 
 

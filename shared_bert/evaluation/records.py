@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..plotting import legend, tidy
 from ..training.arguments import RunArguments, option
 from .tables import markdown_table
 
@@ -241,12 +242,7 @@ def draw_scores(records: dict[str, list[dict[str, Any]]], path: Path):
                 axes.plot([place] * len(values), values, ".", color=color, alpha=0.4, markersize=5)
                 axes.errorbar(place, statistics.mean(values), spread, fmt=marker, color=color, capsize=4, label=model)
         axes.set(title=task, xticks=[], xlim=(-0.7, len(scores) - 0.3))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        tidy(axes, grid="y")
     figure.supylabel("score (%)", fontsize="medium")
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
+    legend(figure)
     figure.savefig(path)

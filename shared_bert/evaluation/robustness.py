@@ -16,6 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from ..conversion.calibration import evaluating
 from ..data.tasks import GLUE, tokenize_task
+from ..plotting import legend, tidy
 
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 # The label that answers "yes": the second text follows from the first, or says the same.
@@ -144,9 +145,8 @@ def draw_noise(results: dict[str, list[dict[str, Any]]], title: str, path: Path)
             linestyle=["-", "--", ":", "-."][i % 4],
             label=model,
         )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    tidy(axes, grid="y")
+    legend(figure)
     figure.savefig(path)
 
 

@@ -31,7 +31,10 @@ def save_loss_curve(
 
 
 def _draw(curve: dict[str, Any], loss_name: str, path: Path):
-    from matplotlib.figure import Figure  # takes most of a second, which the first step need not wait for
+    # Takes most of a second, which the first step need not wait for.
+    from matplotlib.figure import Figure
+
+    from ..plotting import tidy
 
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel=loss_name, title=curve["title"])
@@ -44,8 +47,6 @@ def _draw(curve: dict[str, Any], loss_name: str, path: Path):
     if (entropy := curve["unigram_entropy"]) is not None:
         axes.axhline(entropy, color="#555555", linestyle="--", linewidth=1, label=f"unigram entropy ({entropy:.2f})")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    tidy(axes, grid="y")
     axes.legend(frameon=False)
     figure.savefig(path)

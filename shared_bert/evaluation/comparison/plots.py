@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...plotting import legend, tidy
 from .differences import Measure
 from .gathering import Results
 from .records import Record
@@ -20,12 +21,6 @@ _DPI = 120
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return a colour and a marker for each variant; no two have both in common."""
     return {name: {"color": f"C{i % _COLORS}", "marker": _MARKERS[i % len(_MARKERS)]} for i, name in enumerate(names)}
-
-
-def _tidy(axes: Axes):
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def draw_curves(results: Results) -> Figure:
@@ -48,10 +43,10 @@ def draw_curves(results: Results) -> Figure:
                 tokens, losses = _mean_curve(results.records[other])
                 axes.plot(tokens, losses, style, color=color, linewidth=1.6, label=label)
         axes.set_title(name, fontsize="medium")
-        _tidy(axes)
+        tidy(axes)
     figure.supxlabel("tokens (thousands)", fontsize="medium")
     figure.supylabel("evaluation loss (nats)", fontsize="medium")
-    _legend(figure, "outside upper center")
+    legend(figure, "outside upper center")
     return figure
 
 
@@ -59,13 +54,6 @@ def _mean_curve(records: list[Record]) -> tuple[list[float], list[float]]:
     points = sorted((point["tokens"] / 1e3, point["loss"]) for record in records for point in record["curve"])
     means = [(x, statistics.mean(y for _, y in group)) for x, group in groupby(points, key=lambda point: point[0])]
     return [x for x, _ in means], [y for _, y in means]
-
-
-def _legend(figure: Figure, place: str, columns: int = 3):
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False)
 
 
 def draw_pareto(results: Results) -> Figure:
@@ -95,9 +83,9 @@ def draw_pareto(results: Results) -> Figure:
             style = {"linestyle": "none", "markersize": 7, "elinewidth": 0.8, **look, **hollow}
             axes.errorbar(cost[name], losses[name], yerr=spread, label=name, **style)
         axes.set_xlabel(label)
-        _tidy(axes)
+        tidy(axes)
     figure.axes[0].set_ylabel(f"{measure.title} (nats)")
-    _legend(figure, "outside lower center", columns=5)
+    legend(figure, columns=5)
     return figure
 
 
@@ -165,5 +153,5 @@ def _rows(results: Results, draw: Callable[[Axes, Measure, str, int, dict[str, A
         axes.set_ylim(0.4, len(names) + 0.6)
         axes.set_title(f"{measure.title}\n{'← better' if measure.lower_is_better else 'better →'}", fontsize="small")
         axes.tick_params(axis="x", labelsize="small")
-        _tidy(axes)
+        tidy(axes)
     return figure
