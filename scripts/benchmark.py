@@ -206,7 +206,8 @@ def seconds_to_first_step(command: list[str]) -> float:
 def growth(arguments: argparse.Namespace):
     job = TrainingStep if arguments.job == "train" else Encoding
     longest = max([*arguments.lengths, arguments.shapes[0][1]])
-    arguments.model_fields += f",max_position_embeddings={longest}"
+    fields = f"max_position_embeddings={longest}"
+    arguments.model_fields = f"{arguments.model_fields},{fields}" if arguments.model_fields else fields
     compared = pair(
         arguments, arguments.task, arguments.shapes[0], arguments.scheme or DEFAULT_SCHEMES[arguments.task]
     )

@@ -112,7 +112,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         )
         command.add_argument("--output", type=Path, default=Path("runs", f"{name}.json"))
         if run is not None:
-            command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+            default = "cuda" if torch.cuda.is_available() else "cpu"
+            command.add_argument("--device", choices=["cpu", "cuda"], default=default)
         command.set_defaults(run=run, main=evaluate_models)
         return command
 

@@ -22,7 +22,7 @@ _BLOCK_SIZE = 64
 _CALIBRATION_TOKENS = 2**15
 _BATCH_SIZE = 32
 _HEAL_STEPS = 90
-_LONG_HEAL_STEPS = {"masa, S = 3": 900}  # a quarter of an hour on two cores
+_LONG_HEAL_STEPS = {"masa, S = 3": 900}  # 20 minutes on a CPU
 _COLUMNS = ("unaligned", "weights_only", "calibrated", "healed")
 
 

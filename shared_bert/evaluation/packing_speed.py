@@ -15,10 +15,7 @@ from .efficiency import MLM_PROBABILITY, StepSettings, TrainingStep, quartiles, 
 
 
 class StepOnText(TrainingStep):
-    """A `TrainingStep` on the next of several batches; `num_tokens` has the real tokens of each step so far.
-
-    Batches are made before any is timed.
-    """
+    """A `TrainingStep` on the next of several batches; `num_tokens` has the real tokens of each step so far."""
 
     def __init__(self, settings: StepSettings, batches: Iterator[dict[str, Any]]):
         super().__init__(settings)
@@ -37,6 +34,8 @@ def compare_packing(
     settings: StepSettings, documents: Dataset, tokenizer: PreTrainedTokenizerBase, rounds: int = 9, warmup: int = 2
 ) -> dict[str, Any]:
     """Time masked language modeling in turns: the stock model on padded documents, and this package on packed ones.
+
+    All batches are made before any step is timed.
 
     Args:
         settings: of the packed side; the length is that of its blocks, to which the other side truncates and pads

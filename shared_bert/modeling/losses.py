@@ -116,7 +116,7 @@ def _computing_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-def _is_plain_linear(head: nn.Module) -> bool:
+def _is_plain_linear(head: nn.Module | None) -> bool:
     """Return whether the result of `head` is x·Wᵀ + b of its parameters, and nothing follows calls of it."""
     return (
         not torch.compiler.is_compiling()  # which fuses the plain form

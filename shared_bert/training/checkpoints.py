@@ -5,6 +5,7 @@ import logging
 import pickle
 import shutil
 from collections.abc import Iterable, Iterator
+from filecmp import cmp
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import CONFIG_NAME
+
+from .. import modeling
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +27,9 @@ _RUN_FILES = (
     "special_tokens_map.json", "vocab.*", "training_args.bin", "trainer_state.json", "*_results.json", "loss_curve.*",
 )  # fmt: skip
 # Removed with a run, but not marks of one: they are written before there is anything to resume from. Code and
-# README.md may be the user's own and stay; the next model overwrites its own code.
+# README.md may be the user's own and stay, unless the code is the copy of the model's that is saved with it.
 _REMOVED_TOO = ("run.json*", UNFINISHED)
+_MODEL_CODE = sorted(Path(modeling.__file__).parent.glob("[!_]*.py"))
 # Trainer writes the first of them last: a checkpoint without it is incomplete.
 _NEEDED = (TRAINER_STATE_NAME, "model*.safetensors")
 _NEEDED_TO_RESUME = ("optimizer*", "scheduler.pt", "rng_state*.pth")  # not written with save_only_model
@@ -128,7 +132,10 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | bool | N
 
 def remove_run(output_dir: str):
     """Delete the files of `Trainer` and `pretrain` in a folder; others stay."""
-    for path in [*checkpoints(output_dir), *_matching(output_dir, (*_RUN_FILES, *_REMOVED_TOO))]:
+    copies = [
+        path for code in _MODEL_CODE if (path := Path(output_dir, code.name)).is_file() and cmp(path, code, False)
+    ]
+    for path in [*checkpoints(output_dir), *_matching(output_dir, (*_RUN_FILES, *_REMOVED_TOO)), *copies]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

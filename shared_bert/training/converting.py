@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -121,8 +121,8 @@ def _read_calibration(
     source = conversion.calibration
     is_file = Path(source).exists() or "*" in source or Path(source).suffix in FORMATS
     file, dataset = (source, None) if is_file else (None, source)
-    data_args = replace(data_args, train_file=file, validation_file=None, dataset_name=dataset, validation_split=None)
-    documents = read_documents(data_args, seed)["train"]
+    changes = {"train_file": file, "validation_file": None, "dataset_name": dataset, "validation_split": None}
+    documents = read_documents(data_args, seed, **changes)["train"]
     tokenizer = load_tokenizer(name_or_path)
     check_vocabulary(model.config, tokenizer)
     num_tokens = conversion.calibration_tokens

@@ -29,13 +29,13 @@ def check_streaming(data_args: DataArguments, training_args: PretrainingArgument
         )
 
 
-def read_documents(data_args: DataArguments, seed: int) -> dict[str, Dataset | IterableDataset]:
-    """Return the documents of `load_documents`, under "train" and "validation"."""
+def read_documents(data_args: DataArguments, seed: int, **changes) -> dict[str, Dataset | IterableDataset]:
+    """Return the documents of `load_documents`; `changes` replace its arguments."""
     names = (
         "dataset_name", "dataset_config_name", "train_file", "validation_file", "text_column", "sample_by",
         "streaming", "validation_split", "max_train_samples", "max_eval_samples",
     )  # fmt: skip
-    return load_documents(**{name: getattr(data_args, name) for name in names}, seed=seed)
+    return load_documents(**{name: getattr(data_args, name) for name in names} | changes, seed=seed)
 
 
 def pack_documents(

@@ -99,6 +99,16 @@ def test_commands(arguments, pytestconfig, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1].startswith(("speedup: ", "memory: 1.00"))
 
 
+def test_growth_has_room_for_the_longest_text(pytestconfig, tmp_path, monkeypatch):
+    main = runpy.run_path(str(pytestconfig.rootpath / "scripts" / "benchmark.py"))["main"]
+    monkeypatch.setattr(growth, "measure_alone", measured)
+    output = tmp_path / "growth.json"
+    assert main(["growth", "--lengths", "16", "1024", "--batch_sizes", "1", "--output", str(output)]) == 0
+    for row in json.loads(output.read_text())["results"]:
+        assert ["max_position_embeddings", 1024] in row["settings"]["model_fields"]
+    assert "| 1 × 1024 | `shared` |" in output.with_suffix(".md").read_text()
+
+
 def test_a_record_is_not_overwritten_by_its_table(pytestconfig, tmp_path, capsys):
     main = runpy.run_path(str(pytestconfig.rootpath / "scripts" / "benchmark.py"))["main"]
     assert main(["encode", "--output", str(tmp_path / "result.md")]) == 2

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from shared_bert.training import last_checkpoint
 from shared_bert.training.checkpoints import checkpoint_damage, checkpoint_to_resume, remove_run
 
+from ..conftest import tiny_model
+
 
 def write_checkpoint(folder, step):
     path = folder / f"checkpoint-{step}"
@@ -75,9 +77,13 @@ def test_nothing_to_resume(tmp_path):
 
 
 def test_what_may_be_the_users_own_stays(tmp_path):
-    own = ["README.md", "__init__.py", "attention.py", "losses.py", "my_model.py", "train.py"]
+    own = ["README.md", "__init__.py", "attention.py", "my_model.py", "train.py"]
     for name in (*own, "run.json", "run.json.unfinished"):
         (tmp_path / name).touch()
+    tiny_model("bert").save_pretrained(tmp_path)
+    (tmp_path / "attention.py").write_text("# the user's own")
+    assert (tmp_path / "modeling_shared_bert.py").stat().st_size > 0
+    assert (tmp_path / "losses.py").stat().st_size > 0
     remove_run(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == own
 

@@ -72,7 +72,8 @@ def report(results: Results) -> str:
         f"# {comparison.path.stem}\n",
         _provenance(results),
         "Each run's record is `records/VARIANT-SEED.json`.\n",
-        f"```bash\npython scripts/compare.py {comparison.path} --results_dir runs/again  # all runs from the start",
+        f"```bash\npython scripts/compare.py {comparison.path} "
+        f"--results_dir runs/again/{comparison.path.stem}  # all runs from the start",
         f"{_redraw_command([results])}  # this page from the records\n```\n",
         f"The fields of each variant are in `{comparison.path}`; `narrow_AxB` is a standard model A wide, with an MLP",
         "of B.",
