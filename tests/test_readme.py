@@ -173,6 +173,9 @@ SPEEDS = {
     "compiled": ["benchmark_train_compiled_cpu"],
     "encoding": ["benchmark_encode_cpu"],
     "decoding": ["benchmark_decode_long_cpu", "benchmark_decode_stock_cpu"],
+    "training on an Intel Xeon": ["intel/mlm", "intel/clm", "intel/clm_shared"],
+    "encoding on an Intel Xeon": ["intel/encode"],
+    "decoding on an Intel Xeon": ["intel/decode"],
     "gpu": ["gpu/mlm", "gpu/clm", "gpu/clm_shared", "gpu/mlm_compiled", "gpu/clm_compiled"],
 }
 
