@@ -14,11 +14,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from .conversion.families import SHARED_CLASSES, STOCK_CLASSES
 from .injection.sharing_config import METHOD
 
-# Files that are copied with a model: its tokenizer, and the pooling config of sentence-transformers.
+# Files that are copied with a model: its tokenizer or processor, and the pooling config of sentence-transformers.
 TOKENIZER_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
-    "chat_template*", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
-    "[0-9]_*/*",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*",
 )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
 
     Every scheme and every depth sharing can be expressed so: an identity query becomes the identity matrix, a factor
     on the logits part of the query, a missing bias zeros, and grouped keys are repeated. The copy has the model's
-    dtype, device and mode, gives the same outputs, and needs nothing of this package. (GPT-2's sequence classifier
-    finds the end of a text by `pad_token_id` only, not by the mask.)
+    dtype, device and mode, gives the same outputs, and needs nothing of this package. In half precision, products of
+    stored matrices are rounded to it: convert `model.float()` to be exact. (GPT-2's sequence classifier finds the end
+    of a text by `pad_token_id` only, not by the mask.)
 
     Raises:
         ValueError: the model is none of `STOCK_CLASSES` (a head of one's own, a model wrapped by adapters), or its
@@ -48,8 +49,6 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     # Stock models have biases everywhere.
     zeros = {n: torch.zeros_like(p) for n, p in stock.named_parameters() if n.endswith("bias") and n not in state}
     stock.load_state_dict(state | zeros)
-    if getattr(model, "generation_config", None) is not None:
-        stock.generation_config = copy.deepcopy(model.generation_config)
     return stock
 
 
@@ -81,16 +80,16 @@ def read_stock(model: PreTrainedModel) -> PreTrainedModel:
     config = standard_config(model)
     shared = build_like(SHARED_CLASSES[type(model)], config, model)
     shared.load_state_dict(model.state_dict())
-    if getattr(model, "generation_config", None) is not None:
-        shared.generation_config = copy.deepcopy(model.generation_config)
     return shared
 
 
 def build_like(cls: type, config: PreTrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
-    """Make a model of `config` in the dtype, on the device and in the mode of another."""
+    """Make a model of `config` in the dtype, on the device, in the mode and with the generation config of another."""
     has_no_pooler = hasattr(like, "pooler") and like.pooler is None
     model = cls(config, **({"add_pooling_layer": False} if has_no_pooler else {}))
     model.set_attn_implementation(like.config._attn_implementation)
+    if getattr(like, "generation_config", None) is not None:
+        model.generation_config = copy.deepcopy(like.generation_config)
     return model.to(like.device, like.dtype).train(like.training)
 
 

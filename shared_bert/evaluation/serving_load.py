@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import socket
-import statistics
 import subprocess
 import time
 import urllib.request
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .tables import markdown_table
 
@@ -107,15 +108,16 @@ def load_test(
     with ThreadPoolExecutor(clients) as pool:
         answers = [answer for answer in pool.map(ask_or_lose, range(1, requests + 1)) if answer is not None]
     seconds = time.perf_counter() - start
-    latencies = [latency for latency, _ in answers]
+    # None, if all are lost
+    median, slow = np.quantile([latency for latency, _ in answers], [0.5, 0.95]).tolist() if answers else (None, None)
     return {
         "clients": clients,
         "requests": requests,
         "prompt_words": prompt_words,
         "new_tokens": new_tokens,
         "lost": requests - len(answers),
-        "seconds_median": statistics.median(latencies),
-        "seconds_95th": statistics.quantiles(latencies, n=20)[-1],
+        "seconds_median": median,
+        "seconds_95th": slow,
         "tokens_per_second": sum(tokens for _, tokens in answers) / seconds,
     }
 
@@ -126,6 +128,7 @@ def load_table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         cells = [row["server"], f"`{row['model']}`", str(row["requests"]), str(row["lost"])]
-        cells += [f"{row['seconds_median']:.2f} s", f"{row['seconds_95th']:.2f} s", f"{row['tokens_per_second']:,.0f}"]
+        times = (row["seconds_median"], row["seconds_95th"])
+        cells += [*("–" if time is None else f"{time:.2f} s" for time in times), f"{row['tokens_per_second']:,.0f}"]
         lines.append(cells)
     return markdown_table(header, lines)

@@ -10,7 +10,7 @@ class OneStream:
     """A cache layer that keeps `keys` [batch, heads, seq, head_dim] only, and returns them as `values` too.
 
     Assignments to `values` are ignored, since transformers' layers treat them as they treat the keys. Methods that
-    change `values` as well as `keys` would change the keys twice, so they are overridden.
+    would do much to them in vain, or fail where the keys are changed already, are overridden.
     """
 
     @property
@@ -37,12 +37,6 @@ class SharedKeyValueLayer(OneStream, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         return self.keys, self.keys
-
-    def crop(self, tokens_to_remove: int):
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): the number of tokens to remove must be negative")
-        if tokens_to_remove < 0 and self.is_initialized:
-            self.keys = self.keys[..., :tokens_to_remove, :]
 
     def batch_repeat_interleave(self, repeats: int):
         if self.get_seq_length() > 0:

@@ -51,7 +51,8 @@ def check_positions(config, position_ids: torch.Tensor):
         for position in map(int, position_ids.aminmax()):
             if not 0 <= position < config.max_position_embeddings:
                 raise ValueError(
-                    f"position_ids contains {position}, but max_position_embeddings={config.max_position_embeddings}"
+                    f"position_ids contains {position}, but max_position_embeddings={config.max_position_embeddings}: "
+                    "truncate the text, or train a model with more positions"
                 )
 
 

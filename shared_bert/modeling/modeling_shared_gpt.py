@@ -5,10 +5,11 @@ and all biases on, `load_state_dict` accepts a stock state dict (with matrices [
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -21,7 +22,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -34,6 +35,8 @@ from .loading import SafetensorsOnly
 from .losses import linear_cross_entropy
 from .projections import LowRankLinear, SharedLinear
 from .stock_names import StockName, read_stock_names
+
+logger = logging.get_logger(__name__)
 
 
 class SharedGptMLP(nn.Module):
@@ -175,13 +178,11 @@ class SharedGptModel(SharedGptPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if getattr(past_key_values, "is_compileable", False):  # its length is a tensor
-            check_length(self.config, max(layer.max_cache_len for layer in past_key_values.layers))
         if position_ids is None and document_ids is not None:
             position_ids = document_positions(document_ids)
         if position_ids is not None:
             check_positions(self.config, position_ids)
-        elif isinstance(past_length, int):
+        elif isinstance(past_length, int):  # a static cache's is a tensor
             check_length(self.config, past_length + inputs_embeds.shape[1])
         mask, packing = attention_inputs(
             self.config, True, inputs_embeds, attention_mask, document_ids, position_ids, past_key_values
@@ -204,6 +205,32 @@ class SharedGptModel(SharedGptPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+
+class EndOfPositions(StoppingCriteria):
+    """Ends generation when the texts have `length` tokens, as many as the model has positions for."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        is_done = input_ids.shape[1] >= self.length
+        if is_done:
+            logger.warning_once("generation ends at the model's last position (max_position_embeddings)")
+        return torch.full((len(input_ids),), is_done, dtype=torch.bool, device=input_ids.device)
+
+
+def _within_positions(manager, config: SharedGptConfig):
+    """Return `add_request` of a manager of continuous batching, for texts that end at the last position."""
+    add_request, settings = manager.add_request, manager.generation_config
+
+    def add(input_ids, request_id=None, max_new_tokens=None, *args, **kwargs):
+        check_length(config, len(input_ids))
+        wanted = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+        room = config.max_position_embeddings + 1 - len(input_ids)  # the last token needs no position
+        return add_request(input_ids, request_id, room if wanted is None else min(wanted, room), *args, **kwargs)
+
+    return add
 
 
 class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
@@ -269,19 +296,43 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def generate(
+        self, inputs=None, generation_config=None, logits_processor=None, stopping_criteria=None, *args, **kwargs
+    ):
+        """Generate as transformers' `generate` does, and end, with a warning, where no position is left."""
+        length = self.config.max_position_embeddings + 1  # the last token needs none
+        if kwargs.get("attention_mask") is not None:
+            length += int((kwargs["attention_mask"] == 0).sum(-1).min())  # padding takes none
+        if inputs is None and kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
+            length -= kwargs["inputs_embeds"].shape[1]  # only new tokens are counted then
+        criteria = StoppingCriteriaList([*(stopping_criteria or ()), EndOfPositions(length)])
+        return super().generate(inputs, generation_config, logits_processor, criteria, *args, **kwargs)
+
     def init_continuous_batching(self, *args, **kwargs):
         """Return the manager of transformers, whose paged cache keeps a key and a value of every token.
 
         Schemes whose key is their value take twice the bytes there that `generate` does, and so they do in `generate`
-        once a manager has been made.
+        once a manager has been made, unless by `generate_batch` or `continuous_batching_context_manager`. Texts end
+        where no position is left; adding a longer prompt raises a ValueError.
         """
         self.config.caches_are_paged = True
-        return super().init_continuous_batching(*args, **kwargs)
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if "add_request" not in vars(manager):  # else it is one that is used again
+            manager.add_request = _within_positions(manager, self.config)
+        return manager
 
-    def generate_batch(self, *args, **kwargs):
-        """Generate for several prompts by continuous batching; see transformers' `generate_batch`."""
+    def generate_batch(self, inputs, *args, **kwargs):
+        """Generate by continuous batching, as transformers does; a prompt that is too long raises a ValueError."""
+        for prompt in inputs:
+            check_length(self.config, len(prompt))
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    @contextmanager
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """See transformers' method, which `generate_batch` uses, too."""
         try:
-            return super().generate_batch(*args, **kwargs)
+            with super().continuous_batching_context_manager(*args, **kwargs) as manager:
+                yield manager
         finally:
             self.config.caches_are_paged = False
 

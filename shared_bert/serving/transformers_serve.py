@@ -19,7 +19,8 @@ def main():
         value = getattr(shared_bert, name)
         if isinstance(value, type) and issubclass(value, PreTrainedModel):
             setattr(transformers, name, value)
-    sys.argv.insert(1, "serve")
+    if sys.argv[1:2] != ["serve"]:  # its help shows the word
+        sys.argv.insert(1, "serve")
     transformers_main()
 
 

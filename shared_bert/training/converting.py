@@ -60,7 +60,7 @@ def convert_and_heal(
     resumes = str(training_args.resume_from_checkpoint or False).lower() != "false"
     if training_args.process_index == 0 and not resumes:
         check_free(output)
-    teacher = load_any_model(name_or_path).float()
+    teacher = load_any_model(name_or_path).to(torch.float32)  # models that share refuse `float()`
     tokenizer = load_tokenizer(name_or_path)
     check_healing(teacher, tokenizer, data_args, training_args)
     # The first process converts, the others find the result. The text is packed first, since it may be unusable.

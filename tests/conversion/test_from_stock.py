@@ -52,6 +52,18 @@ def assert_same_outputs(model, other, input_ids, tolerance=1e-4):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(
+    "options", [{"attention_scheme": "shared_kv"}, {"depth_sharing": "low_rank", "rank": 8}], ids=str
+)
+def test_the_generation_config_is_kept(options):
+    stock = random_stock("gpt")
+    stock.generation_config.update(repetition_penalty=1.3, eos_token_id=[2, 7])
+    for source in (stock, read_stock(stock)):
+        converted, _ = from_stock(source, **options)
+        assert converted.generation_config.to_dict() == stock.generation_config.to_dict()
+        assert converted.generation_config is not stock.generation_config
+
+
 @pytest.mark.parametrize("options", FULL_CAPACITY, ids=str)
 @pytest.mark.parametrize("align", [True, False])
 def test_full_capacity_loses_nothing(kind, options, align, input_ids):

@@ -101,8 +101,24 @@ def test_what_is_done_to_a_cache_is_done_to_its_stream_once(model, input_ids):
     assert cache.layers[0].values is cache.layers[0].keys
 
 
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}])
-def test_generation_stops_at_the_last_position(input_ids, cache):
-    model = tiny_model("gpt")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}, {"num_beams": 3}],
+)
+def test_generation_ends_at_the_last_position(input_ids, options):
+    """Of the 40; the last token needs none. Padding takes none either."""
+    model = tiny_model("gpt", initializer_range=0.3)
+    longer = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False, **options}
+    within = generate(model, input_ids, **longer | {"max_new_tokens": 29, "min_new_tokens": 29}).sequences
+    assert within.shape[1] == 41
+    assert torch.equal(generate(model, input_ids, **longer).sequences, within)
+    mask = torch.nn.functional.pad(torch.ones_like(input_ids), (10, 0))
+    padded = torch.nn.functional.pad(input_ids, (10, 0))
+    assert torch.equal(generate(model, padded, attention_mask=mask, **longer).sequences[:, 10:], within)
+    embeds = model.get_input_embeddings()(input_ids)
+    assert torch.equal(generate(model, None, inputs_embeds=embeds, **longer).sequences, within[:, 12:])
+
+
+def test_a_prompt_longer_than_the_positions_is_refused():
     with pytest.raises(ValueError, match="max_position_embeddings=40"):
-        generate(model, input_ids, max_new_tokens=40, min_new_tokens=40, **cache)
+        generate(tiny_model("gpt"), torch.ones(1, 42, dtype=torch.long))

@@ -8,7 +8,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import shared_bert
 from shared_bert.training import healing
@@ -42,14 +50,16 @@ def run(convert, capsys, *arguments) -> str:
 @pytest.mark.parametrize("fields", [{}, {"depth_sharing": "masa", "num_atoms": 1, "coefficient_source": "network"}])
 def test_to_stock_writes_model_and_tokenizer(convert, save, tmp_path, capsys, kind, fields):
     model, folder = save(kind, **fields)
-    (folder / "tokenizer_extra.txt").write_text("kept")
+    for name in ("tokenizer_extra.txt", "preprocessor_config.json"):
+        (folder / name).write_text("kept")
     assert convert(["to-stock", str(folder), str(tmp_path / "out")]) == 0
     stock_class = {"bert": "BertForMaskedLM", "gpt": "GPT2LMHeadModel"}[kind]
     assert stock_class in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [stock_class]
     inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("the fox hunts", return_tensors="pt")
     assert inputs["input_ids"].tolist() == AutoTokenizer.from_pretrained(folder)(["the fox hunts"])["input_ids"]
-    assert (tmp_path / "out" / "tokenizer_extra.txt").read_text() == "kept"
+    for name in ("tokenizer_extra.txt", "preprocessor_config.json"):
+        assert (tmp_path / "out" / name).read_text() == "kept"
     base = AutoModel.from_pretrained(tmp_path / "out", **({"add_pooling_layer": False} if kind == "bert" else {}))
     expected = model.base_model(inputs["input_ids"]).last_hidden_state
     torch.testing.assert_close(base(inputs["input_ids"]).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
@@ -216,6 +226,19 @@ def test_from_stock_refuses(convert, stock, text, tmp_path, capsys, options, mes
         options, message = options.replace(name, path), message.replace(name, path)
     assert message in run(convert, capsys, "from-stock", folder, tmp_path / "out", *options.split())
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+@pytest.mark.parametrize("heal", ["", "--heal"])
+def test_from_stock_refuses_a_model_that_shares(convert, save, text, tmp_path, capsys, heal):
+    _, folder = save("gpt")
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    llama = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=320, max_position_embeddings=40))
+    shared_bert.share(llama, depth_sharing="masa", num_atoms=1)[0].save_pretrained(folder)
+    options = f"--depth_sharing low_rank --rank 4 {heal}".split()
+    if heal:
+        options += f"--block_size 32 --sample_by line --validation_split 0.1 --use_cpu --train_file {text}".split()
+    message = run(convert, capsys, "from-stock", folder, tmp_path / "out", *options)
+    assert "the model shares already: dequantize() it first" in message
 
 
 def test_from_stock_refuses_what_is_no_class(convert, stock, tmp_path, capsys):

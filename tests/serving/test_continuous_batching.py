@@ -41,8 +41,26 @@ def test_generate_keeps_one_stream_afterwards(tmp_path):
     model.generate_batch(ROWS, GenerationConfig(**GREEDY), continuous_batching_config=PAGED)
     cache = model(torch.tensor(ROWS[:1]), use_cache=True).past_key_values
     assert cache.layers[0].keys is cache.layers[0].values
+    with model.continuous_batching_context_manager(GenerationConfig(**GREEDY), continuous_batching_config=PAGED):
+        assert model.config.layer_types == ["full_attention"] * 2
+    assert model.config.layer_types == ["shared_kv_attention"] * 2
     model.init_continuous_batching(GenerationConfig(**GREEDY))
     assert model.config.layer_types == ["full_attention"] * 2
     model.save_pretrained(tmp_path)
     again = SharedGptForCausalLM.from_pretrained(tmp_path)
     assert again.config.layer_types == ["shared_kv_attention"] * 2
+
+
+def test_texts_end_at_the_last_position():
+    """Of the 40; the last token needs none."""
+    model = random_model("gpt", initializer_range=0.3)
+    longer = {**GREEDY, "max_new_tokens": 60}
+    expected = [model.generate(torch.tensor([row]), **longer)[0, len(row) :].tolist() for row in ROWS]
+    assert [len(written) for written in expected] == [41 - len(row) for row in ROWS]
+    paged = {
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=8, **{PAGE_SIZE: 4})
+    }
+    outputs = model.generate_batch(ROWS, GenerationConfig(**longer), **paged)
+    assert [output.generated_tokens for _, output in sorted(outputs.items())] == expected
+    with pytest.raises(ValueError, match=r"41 tokens.*max_position_embeddings=40"):
+        model.generate_batch([ROWS[0], [4] * 41], GenerationConfig(**GREEDY), **paged)

@@ -23,14 +23,16 @@ HTTPServer((sys.argv[2], int(sys.argv[4])), Health).serve_forever()
 
 
 class Completions(BaseHTTPRequestHandler):
-    """Answers with five tokens, but not every tenth prompt; keeps the prompts."""
+    """Answers the first hundred prompts with five tokens, but not every tenth; keeps the prompts."""
 
     prompts: list[str] = []
+    answers = 100
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.prompts.append(request["prompt"])
-        fails = int(request["prompt"].split()[0]) % 10 == 5 or request["model"] != "fox"
+        is_fifth = int(request["prompt"].split()[0]) % 10 == 5
+        fails = is_fifth or request["model"] != "fox" or len(self.prompts) > self.answers
         usage = {"prompt_tokens": 1, "completion_tokens": 5, "total_tokens": 6}
         choice = {"index": 0, "text": "owl", "finish_reason": "length", "logprobs": None}
         answer = {"id": "1", "object": "text_completion", "created": 0, "model": "fox", "choices": [choice]}
@@ -63,6 +65,13 @@ def test_lost_requests_are_counted(url):
     assert {len(prompt.split()) for prompt in Completions.prompts} == {4}
     table = load_table([{"server": "mine", "model": "fox", **row}])
     assert "| mine | `fox` | 40 | 4 |" in table
+
+
+def test_a_server_that_loses_all_but_the_first_has_no_times(url, monkeypatch):
+    monkeypatch.setattr(Completions, "answers", 1)
+    row = load_test(url, "fox", clients=2, requests=3)
+    assert row["lost"] == 3
+    assert load_table([{"server": "mine", "model": "fox", **row}]).endswith("| mine | `fox` | 3 | 3 | – | – | 0 |\n")
 
 
 def test_a_wrong_name_is_said_before_the_load(url):

@@ -30,12 +30,12 @@ def saved(kind: str, tokenizers, folder):
     return folder
 
 
-def written(folder, is_chat: bool) -> str:
+def written(folder, is_chat: bool, max_new_tokens: int = 8) -> str:
     """What `generate` writes after the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     inputs = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=not is_chat)
-    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -54,6 +54,9 @@ def test_it_answers_what_generate_writes(serve, tokenizers, tmp_path, kind, batc
     parts = [part.choices[0].text for part in client.completions.create(**request, stream=True) if part.choices]
     assert sum(part != "" for part in parts) > 1
     assert "".join(parts) == expected
+    del request["max_tokens"]  # the text ends at the last position
+    for _ in range(2):
+        assert client.completions.create(**request).choices[0].text == written(folder, False, max_new_tokens=60)
 
     chat = {**settings, "messages": [{"role": "user", "content": PROMPT}], "max_completion_tokens": 8}
     answer = client.chat.completions.create(**chat).choices[0].message.content
