@@ -58,6 +58,6 @@ def test_it_answers_what_generate_writes(serve, tokenizers, tmp_path, kind, batc
     for _ in range(2):
         assert client.completions.create(**request).choices[0].text == written(folder, False, max_new_tokens=60)
 
-    chat = {**settings, "messages": [{"role": "user", "content": PROMPT}], "max_completion_tokens": 8}
+    chat = {**settings, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 8}
     answer = client.chat.completions.create(**chat).choices[0].message.content
     assert answer == written(folder, is_chat=True)
