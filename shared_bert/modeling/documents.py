@@ -52,7 +52,7 @@ def check_positions(config, position_ids: torch.Tensor):
             if not 0 <= position < config.max_position_embeddings:
                 raise ValueError(
                     f"position_ids contains {position}, but max_position_embeddings={config.max_position_embeddings}: "
-                    "truncate the text, or train a model with more positions"
+                    "positions begin at 0; truncate longer texts, or train a model with more positions"
                 )
 
 
