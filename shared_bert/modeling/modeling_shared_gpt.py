@@ -208,7 +208,10 @@ class SharedGptModel(SharedGptPreTrainedModel):
 
 
 class EndOfPositions(StoppingCriteria):
-    """Ends generation when the texts have `length` tokens, as many as the model has positions for."""
+    """Ends generation when the texts have `length` tokens, as many as the model has positions for.
+
+    (A `MaxLengthCriteria` that is passed to `generate` replaces the one that `max_new_tokens` makes.)
+    """
 
     def __init__(self, length: int):
         self.length = length
