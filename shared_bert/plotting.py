@@ -1,5 +1,6 @@
 """What all plots have in common."""
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -11,9 +12,14 @@ def tidy(axes: Axes, grid: str = "both"):
     axes.set_axisbelow(True)
 
 
-def legend(figure: Figure, place: str = "outside lower center", columns: int = 3):
-    """Draw one legend for all axes, with each label once."""
-    handles = {
+def legend(figure: Figure, columns: int = 3):
+    """Draw one legend for all axes below them, with each label once."""
+    handles = labelled(figure)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def labelled(figure: Figure) -> dict[str, Artist]:
+    """Return what a legend of all axes explains, by label."""
+    return {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False)

@@ -153,13 +153,10 @@ class Comparison:
         self._check_training()
         self.model = {**({} if "vocab_size" in file.model else {"vocab_size": self._vocab_size()}), **file.model}
         self.sweep = None if file.sweep is None else read_part(Sweep, file.sweep, "sweep")
-        if self.sweep is not None:
-            # A seed of its own, so that what is reported is not what was chosen by.
-            self.sweep.seed = max(self.seeds) + 1 if self.sweep.seed is None else self.sweep.seed
-            if self.sweep.seed in self.seeds or not 0 <= self.sweep.seed <= MAX_SEED:
-                raise ValueError(
-                    f"sweep: seed={self.sweep.seed} must be from 0 to {MAX_SEED}, and none of those that are reported"
-                )
+        if self.sweep is not None and (self.sweep.seed in self.seeds or not 0 <= self.sweep.seed <= MAX_SEED):
+            raise ValueError(
+                f"sweep: seed={self.sweep.seed} must be from 0 to {MAX_SEED}, and none of those that are reported"
+            )
         self.variants = [self._read_variant(stated) for stated in file.variants]
         self.baseline = self.variants[0].name if file.baseline is None else file.baseline
         if self.baseline not in (names := [variant.name for variant in self.variants]):

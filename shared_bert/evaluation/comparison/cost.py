@@ -5,14 +5,14 @@ import statistics
 import torch
 
 from ...modeling.losses import IGNORED
-from ..efficiency import environment, take_turns
+from ..efficiency import environment, quartiles, take_turns
 from ..records import save_record
 from .comparison import Comparison, Variant, non_embedding
-from .records import record_path, speed_path
+from .records import read_record, record_path, speed_path
 
 
 def cost_report(comparison: Comparison) -> str:
-    """Return what the runs without a record will cost, by the speed of the first variant on this machine."""
+    """Return what the runs without a record will cost, by what others took here, or by the speed of the first."""
     lines = [f"{'variant':24}{'parameters':>12}{'outside embeddings':>20}{'share':>8}{'MFLOP/token':>13}"]
     whole = non_embedding(comparison.costs[comparison.baseline])
     for variant in comparison.variants:
@@ -24,14 +24,33 @@ def cost_report(comparison: Comparison) -> str:
     open_runs = [run for run in comparison.runs() if not record_path(comparison, run).exists()]
     swept = sum(bool(run.tuned) for run in open_runs)
     flops = sum(map(comparison.flops_of, open_runs))
-    speed = _measured_speed(comparison)
-    tokens, hours = comparison.tokens_of(comparison.runs()[-1]), flops / speed / 3600
+    tokens = comparison.tokens_of(comparison.runs()[-1])
     lines.append(
         f"{len(open_runs)} of {len(comparison.runs())} runs to do, {swept} of them to choose options by; each reads "
-        f"{tokens:,} tokens. Training takes {flops:.2e} FLOPs: about {hours:.1f} hours of one process at "
-        f"{speed / 1e9:.0f} GFLOP/s, as measured; the evaluations come on top."
+        f"{tokens:,} tokens. Training takes {flops:.2e} FLOPs."
     )
+    if finished := _finished_speed(comparison):
+        lines.append(f"By the runs that are done: about {flops / finished / 3600:.1f} hours of one process.")
+    elif open_runs:
+        speed = _measured_speed(comparison)
+        lines.append(
+            f"At {speed / 1e9:.0f} GFLOP/s, as measured: about {flops / speed / 3600:.1f} hours of one process; the "
+            "evaluations come on top."
+        )
     return "\n".join(lines)
+
+
+def _finished_speed(comparison: Comparison) -> float | None:
+    """Return the FLOPs of training per second of whole runs, with their evaluation; None if none ended here."""
+    hardware = environment(comparison.arguments[2].device.type)["hardware"]
+    done = [run for run in comparison.runs() if not run.tuned and record_path(comparison, run).exists()]
+    records = {run: read_record(comparison, run) for run in done}
+    speeds = [
+        comparison.flops_of(run) / record["seconds"]
+        for run, record in records.items()
+        if "seconds" in record and record["hardware"] == hardware
+    ]
+    return statistics.median(speeds) if speeds else None
 
 
 class _Step:
@@ -70,7 +89,12 @@ def measure_speed(comparison: Comparison, rounds: int = 30):
     """Measure the training steps of all variants in turns, and write `speed.json` into `results_dir`."""
     steps = {variant.name: _Step(comparison, variant) for variant in comparison.variants}
     seconds = take_turns(steps, rounds, warmup=2)
-    tokens = {name: step.input_ids.numel() for name, step in steps.items()}
-    speed = {name: round(tokens[name] / statistics.median(times)) for name, times in seconds.items()}
-    device = comparison.arguments[2].device.type
-    save_record(speed_path(comparison), {"tokens_per_second": speed, "rounds": rounds, **environment(device)})
+    tokens = steps[comparison.baseline].input_ids.numel()
+    found = {name: [round(tokens / time) for time in quartiles(times)[::-1]] for name, times in seconds.items()}
+    record = {
+        "tokens_per_second": {name: values[len(values) // 2] for name, values in found.items()},
+        "quartiles": {name: [values[0], values[-1]] for name, values in found.items()},
+        "rounds": rounds,
+        **environment(comparison.arguments[2].device.type),
+    }
+    save_record(speed_path(comparison), record)

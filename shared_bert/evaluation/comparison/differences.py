@@ -106,7 +106,11 @@ class Difference:
 
 
 def difference(measure: Measure, mine: Sequence[Record], theirs: Sequence[Record]) -> Difference | None:
-    """Return how the records of one variant differ from another's, paired by seed; None without a common seed."""
+    """Return how the records of one variant differ from another's, paired by seed; None without a common seed.
+
+    Raises:
+        ValueError: their parts are not of the same sizes, so they are not of the same texts.
+    """
     by_seed = {record["seed"]: record for record in theirs}
     pairs = [(record, by_seed[record["seed"]]) for record in mine if record["seed"] in by_seed]
     if not pairs:
@@ -115,9 +119,15 @@ def difference(measure: Measure, mine: Sequence[Record], theirs: Sequence[Record
     student = student_interval(values) if len(values) > 1 else None
     bootstrap = None
     if measure.parts is not None:
-        parts = [(measure.parts(a), measure.parts(b)) for a, b in pairs]
-        differences = np.stack([a - b for (a, _), (b, _) in parts])
-        bootstrap = bootstrap_interval(differences, parts[0][0][1])
+        sizes = measure.parts(pairs[0][0])[1]
+        for record in (record for pair in pairs for record in pair):
+            if not np.array_equal(measure.parts(record)[1], sizes):
+                raise ValueError(
+                    f"{record['name']} with seed {record['seed']} has another {measure.title} than "
+                    f"{pairs[0][0]['name']} with seed {pairs[0][0]['seed']}: its parts are of other sizes"
+                )
+        differences = np.stack([measure.parts(a)[0] - measure.parts(b)[0] for a, b in pairs])
+        bootstrap = bootstrap_interval(differences, sizes)
     return Difference(statistics.mean(values), student, bootstrap)
 
 

@@ -105,13 +105,13 @@ class Sweep:
 
     Args:
         learning_rate, weight_decay: values to try.
-        seed: of these runs; else the next after those that are reported.
+        seed: of these runs, which is none of those that are reported, so that these are not what was chosen by.
         max_steps: of these runs; else as many as of the others.
     """
 
     learning_rate: list[float | int] | None = None
     weight_decay: list[float | int] | None = None
-    seed: int | None = None
+    seed: int = 1000
     max_steps: int | None = None
 
     def validate_values(self):

@@ -13,27 +13,38 @@ class Results:
     """The records of a comparison that are there, by variant.
 
     Raises:
-        ValueError: there are none, or one is damaged or incomplete.
+        ValueError: there are none, one is damaged or incomplete, or they do not all measure the same.
     """
 
     def __init__(self, comparison: Comparison):
         self.comparison = comparison
         self.records: dict[str, list[Record]] = {}
+        self.sweep: dict[str, dict[tuple[tuple[str, float], ...], Record]] = {}  # by the options that were tried
         self.missing: list[str] = []
         for run in comparison.runs():
             path = record_path(comparison, run)
             if not path.exists():
                 self.missing.append(run.name)
-            elif not run.tuned:
+            elif run.tuned:
+                self.sweep.setdefault(run.variant.name, {})[run.tuned] = read_record(comparison, run)
+            else:
                 self.records.setdefault(run.variant.name, []).append(read_record(comparison, run))
         if not self.records:
             raise ValueError(f"{comparison.results_dir} has no records of {comparison.path}")
         order = [variant.name for variant in comparison.variants]
         self.records = {name: self.records[name] for name in order if name in self.records}
-        self.measures = measures_of(self.every[0])
-        path = speed_path(comparison)
+        first, *others = self.every
+        self.measures = measures_of(first)
+        for record in others:
+            if {measure.key for measure in measures_of(record)} != {measure.key for measure in self.measures}:
+                raise ValueError(
+                    f"{comparison.results_dir}: the record of {record['name']} with seed {record['seed']} has other "
+                    f"evaluations than that of {first['name']} with seed {first['seed']}"
+                )
         # Of all variants in turns, if that was measured; else as fast as each run was.
-        self.speed = load_record(path, ("tokens_per_second", "hardware", "commit")) if path.exists() else None
+        path = speed_path(comparison)
+        speed = load_record(path, ("tokens_per_second", "quartiles", "rounds")) if path.exists() else None
+        self.speed = speed if speed and self.records.keys() <= speed["tokens_per_second"].keys() else None
 
     @property
     def every(self) -> list[Record]:
@@ -47,7 +58,7 @@ class Results:
         return name in self.comparison.narrow_of.values()
 
     def tokens_per_second(self, name: str) -> float:
-        if self.speed is not None and name in self.speed["tokens_per_second"]:
+        if self.speed is not None:
             return self.speed["tokens_per_second"][name]
         return self.mean(name, lambda record: record["tokens_per_second"])
 

@@ -9,18 +9,26 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...plotting import legend, tidy
+from ...plotting import labelled, legend, tidy
 from .differences import Measure
 from .gathering import Results
 from .records import Record
 
-_MARKERS, _COLORS = "osD^v<>pPX*hd", 10
+_MARKERS, _COLORS = "osD^v<>pPX*hd", 10  # all of them can be half filled
 _DPI = 120
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return a colour and a marker for each variant; no two have both in common."""
-    return {name: {"color": f"C{i % _COLORS}", "marker": _MARKERS[i % len(_MARKERS)]} for i, name in enumerate(names)}
+    """Return a colour and a marker for each variant; a second round of markers is half filled."""
+    return {
+        name: {
+            "color": f"C{i % _COLORS}",
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "fillstyle": "left" if i // len(_MARKERS) % 2 else "full",
+            "markerfacecoloralt": "white",
+        }
+        for i, name in enumerate(names)
+    }
 
 
 def draw_curves(results: Results) -> Figure:
@@ -44,9 +52,12 @@ def draw_curves(results: Results) -> Figure:
                 axes.plot(tokens, losses, style, color=color, linewidth=1.6, label=label)
         axes.set_title(name, fontsize="medium")
         tidy(axes)
+    for axes in panels[max(len(names) - columns, 0) : len(names)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
     figure.supxlabel("tokens (thousands)", fontsize="medium")
     figure.supylabel("evaluation loss (nats)", fontsize="medium")
-    legend(figure, "outside upper center")
+    handles = labelled(figure)
+    panels[0].legend(handles.values(), handles, fontsize="small", frameon=False)
     return figure
 
 
@@ -75,7 +86,12 @@ def draw_pareto(results: Results) -> Figure:
     for axes, (label, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
         front = pareto_front(cost, losses)
         axes.step(
-            [x for x, _ in front], [y for _, y in front], where="post", color="#555555", linewidth=1, label="best"
+            [x for x, _ in front],
+            [y for _, y in front],
+            where="post",
+            color="#555555",
+            linewidth=1,
+            label="Pareto front",
         )
         for name, look in looks.items():
             hollow = {"markerfacecolor": "white"} if results.is_narrow(name) else {}
@@ -106,24 +122,27 @@ def draw_differences(results: Results) -> Figure:
         found = None if name == baseline else results.difference(measure, name, baseline)
         if found is None:
             return
-        if found.interval is not None:
+        if found.interval is None:
+            style = {**style, "marker": "x"}
+        else:
             axes.plot(found.interval, [place, place], color=style["color"], linewidth=1.4)
         axes.plot(found.mean, place, markersize=5, **style)
 
     figure = _rows(results, draw)
     for axes in figure.axes:
         axes.axvline(0, color="#555555", linewidth=1, zorder=0)
-    figure.supxlabel(f"difference from {baseline}, range of both 95 % intervals", fontsize="medium")
+    figure.supxlabel(f"difference from {baseline}, range of both 95 % intervals (×: a single seed)", fontsize="medium")
     return figure
 
 
 def draw_scores(results: Results) -> Figure:
-    """Return a plot of every measure of each variant: a dot per seed, and the mean with the standard deviation."""
+    """Return a plot of every measure of each variant: the mean with the standard deviation, and below it a dot
+    for each seed."""
 
     def draw(axes: Axes, measure: Measure, name: str, place: int, style: dict[str, Any]):
         values = [measure.value(record) for record in results.records[name]]
         spread = statistics.stdev(values) if len(values) > 1 else 0
-        axes.plot(values, [place] * len(values), ".", color=style["color"], alpha=0.4, markersize=5)
+        axes.plot(values, [place - 0.25] * len(values), ".", color=style["color"], alpha=0.5, markersize=4)
         axes.errorbar(statistics.mean(values), place, xerr=spread, capsize=3, markersize=5, **style)
 
     figure = _rows(results, draw)

@@ -1,29 +1,36 @@
 """Tables of a comparison, made of its records alone."""
 
+import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..tables import markdown_table
 from .comparison import Comparison, non_embedding
 from .differences import RESAMPLES, Difference, Measure, verdict
+from .file import Claim
 from .gathering import Results
 from .plots import draw_curves, draw_differences, draw_pareto, draw_scores
 from .records import Record, differing_in
 
 _FINDINGS = """\
-Each claim is held against a difference that was measured here, with its 95 % intervals: of the paired bootstrap over
-seeds and documents (or paradigms), where there are any, and Student's over the seeds. It is *supported* if both
-intervals lie wholly where the claim says, *not supported* if both lie wholly elsewhere, and else *not decided at this
-scale*. *Better* or *worse* says how the first model differs: one that should be the same can be better. A margin
-widens the claim: what should be the same may differ by as much, and what should be lower may be higher by as much.
+Each claim is held against a difference that was measured here, with its 95 % intervals: that of the paired bootstrap
+over seeds and documents (or paradigms), where there are any, and after *t* Student's over the seeds. It is *supported*
+if both intervals lie wholly where the claim says, *not supported* if both lie wholly elsewhere, and else *not decided
+at this scale*; a single seed decides nothing. *Better* or *worse* says how the first model differs: one that should be
+the same can be better. A margin widens the claim: what should be the same may differ by as much, and what should be
+lower may be higher by as much.
 
-Differences are those of the first model minus the second, the bootstrap's interval before Student's. Losses are in
-nats per token, scores in points. `narrow_AxB` is a standard model A wide, with an MLP of B.
+Differences are those of the first model minus the second; above, one has the range of both intervals beside it, and
+of several the lowest and the highest are named. Losses are in nats per token, scores in points. `narrow_AxB` is a
+standard model A wide, with an MLP of B. Beside each model stands its share of the parameters of the baseline outside
+the embeddings, which is what narrower models match; their embeddings are smaller, too.
 
 The models are small and have read little: nothing here is about larger ones. With three seeds, a claim of "the same"
-can hardly be supported, and of so many verdicts at 95 % a few are chance.
+can hardly be supported. Nothing is corrected for the number of verdicts, so a few of those at 95 % are chance.
 """
 
 
@@ -39,8 +46,10 @@ def write_results(comparison: Comparison):
     for name, draw in pictures.items():
         # Processes that shared the runs may all write at once.
         unfinished = folder / f"{name}.{os.getpid()}.unfinished"
+        figure = draw(results)
+        figure.suptitle(_source(results), fontsize="x-small", color="#777777")
         # Without the version of matplotlib, so that the same records make the same file.
-        draw(results).savefig(unfinished, format="png", metadata={"Software": None})
+        figure.savefig(unfinished, format="png", metadata={"Software": None})
         unfinished.replace(folder / f"{name}.png")
     unfinished = folder / f"results.{os.getpid()}.unfinished"
     unfinished.write_text(report(results))
@@ -57,12 +66,40 @@ def findings(comparisons: Sequence[Comparison], page: Path) -> str:
         ValueError: see `Results`.
     """
     every = [Results(comparison) for comparison in comparisons]
-    parts = ["# Do the claims hold?\n", _FINDINGS, f"```bash\n{_redraw_command(every)} --findings {page}\n```\n"]
+    parts = ["# Do the claims hold?\n", _summary(every), _FINDINGS]
+    parts += [f"```bash\n{_redraw_command(every)} --findings {page}\n```\n"]
     for results in every:
-        name = results.comparison.path.stem.replace("_", " ").capitalize()
         link = os.path.relpath(results.comparison.results_dir / "results.md", page.parent)
-        parts += [f"## {name}\n", f"All numbers: [{link}]({link}).\n", _provenance(results), claim_table(results)]
+        parts += [f"## {_title(results)}\n", f"All numbers: [{link}]({link}).\n", _provenance(results)]
+        parts += [claim_table(results)]
     return "\n".join(parts)
+
+
+def _title(results: Results) -> str:
+    return results.comparison.path.stem.replace("_", " ").capitalize()
+
+
+def _summary(every: Sequence[Results]) -> str:
+    """Return a table with a line for each claim: its verdict in each comparison, and the difference measured."""
+    lines: dict[str, list[str]] = {}
+    for place, results in enumerate(every):
+        for claim, held in _held(results):
+            cells = lines.setdefault(claim.claim, [""] * len(every))
+            cells[place] = _in_short([one.verdict for one in held], [one.found for one in held], held[0].measure)
+    rows = [[claim, *cells] for claim, cells in lines.items()]
+    return markdown_table(["claim", *map(_title, every)], rows)
+
+
+def _in_short(verdicts: list[str], found: list[Difference | None], measure: Measure) -> str:
+    """Return the verdicts on a claim, with the one difference and the range of its intervals, or all differences."""
+    known = [difference for difference in found if difference is not None]
+    numbers = [f"{difference.mean:+.{measure.decimals}f}" for difference in sorted(known, key=lambda d: d.mean)]
+    if len(verdicts) == 1:
+        interval = known[0].interval if known else None
+        numbers += [_bracket(interval, measure)] if interval else []
+        return " ".join([f"**{verdicts[0]}**", *numbers])
+    counts = ", ".join(f"{count} × **{verdict}**" for verdict, count in Counter(verdicts).most_common())
+    return f"{counts} ({numbers[0]} to {numbers[-1]})" if numbers else counts
 
 
 def report(results: Results) -> str:
@@ -77,8 +114,9 @@ def report(results: Results) -> str:
         f"{_redraw_command([results])}  # this page from the records\n```\n",
         f"The fields of each variant are in `{comparison.path}`; `narrow_AxB` is a standard model A wide, with an MLP",
         "of B.",
-        "Means ± standard deviations over the seeds; losses in nats per token, parameters outside the embeddings.",
+        "Means ± standard deviations over the seeds; losses in nats per token.",
         f"{_speed(results)}\n",
+        f"{_measured_on(results.every[0])}\n",
         score_table(results),
     ]
     if comparison.sweep:
@@ -87,7 +125,8 @@ def report(results: Results) -> str:
     differences = {name: baseline for name in results.records if name != baseline}
     intervals = (
         f"In brackets the 95 % interval of the paired bootstrap over seeds and documents (for BLiMP, paradigms), "
-        f"{RESAMPLES:,} draws; then Student's over the seeds alone, which is all there is for tasks.\n"
+        f"{RESAMPLES:,} draws; after *t*, Student's over the seeds alone, which is all there is for tasks: how they "
+        "would differ on other texts is not in it.\n"
     )
     if differences:
         parts += [f"## Minus {baseline}\n", intervals, difference_table(results, differences)]
@@ -99,25 +138,49 @@ def report(results: Results) -> str:
     parts += ["![loss against time and parameters](pareto.png)\n"]
     if comparison.claims:
         parts += ["## Claims\n", claim_table(results)]
-    published = [(v.name, v.published) for v in comparison.variants if v.published]
-    if published:
-        parts += ["## What the papers report\n", markdown_table(["variant", "published"], published)]
+    if any(variant.published for variant in comparison.variants):
+        parts += ["## What the papers report\n", _published_table(results)]
     if results.missing:
         parts.append(f"Runs without a record: {', '.join(results.missing)}.\n")
     return "\n".join(parts)
 
 
-def _provenance(results: Results) -> str:
-    def of(name: str) -> str:
-        return ", ".join(sorted({str(record[name]) for record in results.every}))
+def _of(records: Iterable[Record], name: str) -> str:
+    """Return all that records say of their hardware, commit or the like."""
+    return ", ".join(sorted({str(record[name]) for record in records}))
 
-    seeds = ", ".join(map(str, sorted({record["seed"] for record in results.every})))
-    tokens = ", ".join(f"{tokens:,}" for tokens in sorted({record["tokens"] for record in results.every}))
+
+def _source(results: Results) -> str:
+    """Return in a line what made a picture."""
+    every = results.every
+    versions = f"torch {_of(every, 'torch')}, transformers {_of(every, 'transformers')}"
+    return f"{results.comparison.path}: {_of(every, 'hardware')}; {versions}; commit {_of(every, 'commit')}"
+
+
+def _provenance(results: Results) -> str:
+    every = results.every
+    seeds = ", ".join(map(str, sorted({record["seed"] for record in every})))
+    tokens = ", ".join(f"{tokens:,}" for tokens in sorted({record["tokens"] for record in every}))
     notes = f"\n{results.comparison.notes}\n" if results.comparison.notes else ""
     return (
-        f"{len(results.every)} runs of {tokens} tokens each, seeds {seeds}; {of('hardware')}, threads {of('threads')}"
-        f", torch {of('torch')}, transformers {of('transformers')}, commit {of('commit')}, {of('date')}.\n{notes}"
+        f"{len(every)} runs of {tokens} tokens each, seeds {seeds}; {_of(every, 'hardware')}, threads "
+        f"{_of(every, 'threads')}, torch {_of(every, 'torch')}, transformers {_of(every, 'transformers')}, commit "
+        f"{_of(every, 'commit')}, {_of(every, 'date')}.\n{notes}"
     )
+
+
+def _measured_on(record: Record) -> str:
+    """Return what the numbers of a record were measured on."""
+    parts = [
+        f"{len(text['document_tokens'])} documents of {name} ({sum(text['document_tokens']):,} tokens predicted)"
+        for name, text in record.get("texts", {}).items()
+    ]
+    if "blimp" in record:
+        parts.append(f"{record['blimp']['pairs']:,} pairs of {len(record['blimp']['by_paradigm'])} BLiMP paradigms")
+    if "glue" in record:
+        parts.append("the validation splits of the tasks")
+    measured = f"Measured on {', '.join(parts)}. " if parts else ""
+    return f"{measured}Evaluation losses of curves and sweeps are those of the validation text in packed rows."
 
 
 def _redraw_command(every: Sequence[Results]) -> str:
@@ -129,25 +192,45 @@ def _redraw_command(every: Sequence[Results]) -> str:
 
 def _speed(results: Results) -> str:
     if results.speed is None:
-        return "Speed is that of the runs, which may have shared their machine."
+        return "Speed is that of the runs, which may have shared their machine, or been on different ones."
     speed = results.speed
     return (
-        f"Speed is that of training steps of all variants in turns, medians of {speed['rounds']}: "
+        f"Speed is that of training steps of all variants in turns, medians and quartiles of {speed['rounds']}: "
         f"{speed['hardware']}, threads {speed['threads']}, commit {speed['commit']}, {speed['date']} (`--speed`)."
     )
 
 
 def score_table(results: Results) -> str:
     """Return a table with a row for each variant: its size, its speed, and every measure."""
-    whole = non_embedding(results.comparison.costs[results.comparison.baseline])
+    costs, perplexity = results.comparison.costs, results.comparison.objective == "clm"
+    whole = non_embedding(costs[results.comparison.baseline])
     rows = []
     for name, records in results.records.items():
-        first = records[0]
-        speed = results.tokens_per_second(name)
-        cells = [f"`{name}`", f"{first['non_embedding']:,}", f"{first['non_embedding'] / whole:.1%}", f"{speed:,.0f}"]
-        rows.append(cells + [_mean_and_deviation(measure, records) for measure in results.measures])
-    header = ["variant", "parameters", "kept", "tokens/s", *(measure.title for measure in results.measures)]
-    return markdown_table(header, rows)
+        first, cost = records[0], costs[name]
+        speed = f"{results.tokens_per_second(name):,.0f}"
+        if results.speed is not None:
+            speed += " ({:,} to {:,})".format(*results.speed["quartiles"][name])
+        cells = [
+            f"`{name}`",
+            f"{len(records)}",
+            f"{first['non_embedding']:,}",
+            f"{first['non_embedding'] / whole:.1%}",
+        ]
+        cells += [f"{cost.total:,}", f"{first['training_flops_per_token'] / 1e6:.1f}", speed]
+        rows.append(cells + [_score(measure, records, perplexity) for measure in results.measures])
+    header = ["variant", "seeds", "parameters outside the embeddings", "kept", "all parameters", "MFLOP/token"]
+    titles = [
+        measure.title + " (perplexity)" * (perplexity and measure.key.startswith("loss"))
+        for measure in results.measures
+    ]
+    return markdown_table([*header, "tokens/s", *titles], rows)
+
+
+def _score(measure: Measure, records: list[Record], perplexity: bool) -> str:
+    """Return the mean with the standard deviation, after a loss its perplexity."""
+    mean = statistics.mean(measure.value(record) for record in records)
+    text = _mean_and_deviation(measure, records)
+    return f"{text} ({math.exp(mean):.0f})" if perplexity and measure.key.startswith("loss") else text
 
 
 def _mean_and_deviation(measure: Measure, records: list[Record]) -> str:
@@ -157,24 +240,48 @@ def _mean_and_deviation(measure: Measure, records: list[Record]) -> str:
 
 
 def _sweep_table(results: Results) -> str:
-    """Return what the sweep has chosen for each variant, with a mark where that is the end of its range."""
+    """Return what each variant ended at with the options that were tried, the lowest in bold."""
     sweep, rows = results.comparison.sweep, []
-    steps, tried = sweep.max_steps or results.comparison.training["max_steps"], sweep.tried
-    for name, records in results.records.items():
+    columns = [*dict.fromkeys(tuned for records in results.sweep.values() for tuned in records)]
+    for name, records in results.sweep.items():
+        losses = {tuned: record["loss"] for tuned, record in records.items()}
+        best = min((loss for loss in losses.values() if loss is not None), default=None)
         cells = []
-        for option, values in tried.items():
-            at_end = len(values) > 1 and records[0][option] in (min(values), max(values))
-            cells.append(f"{records[0][option]:g}{' (end of the range)' * at_end}")
+        for tuned in columns:
+            loss = losses.get(tuned)
+            text = ("diverged" if tuned in losses else "") if loss is None else f"{loss:.4f}"
+            cells.append(f"**{text}**" if loss is not None and loss == best else text)
         rows.append([f"`{name}`", *cells])
-    table = markdown_table(["variant", *(option.replace("_", " ") for option in tried)], rows)
-    return f"Options with the lowest evaluation loss after {steps:,} steps with seed {sweep.seed}:\n\n{table}"
+    header = [", ".join(f"{option.replace('_', ' ')} {value:g}" for option, value in tuned) for tuned in columns]
+    every = [record for records in results.sweep.values() for record in records.values()]
+    steps = sweep.max_steps or results.comparison.training["max_steps"]
+    return (
+        f"The options of each variant are those with the lowest evaluation loss after {steps:,} steps with seed "
+        f"{sweep.seed}, in bold (`sweep/`; {_of(every, 'hardware')}, commit {_of(every, 'commit')}):\n\n"
+        + markdown_table(["variant", *header], rows)
+    )
+
+
+def _published_table(results: Results) -> str:
+    """Return what papers report of variants, beside the difference from the baseline that was measured here."""
+    measure, baseline = results.measures[0], results.comparison.baseline
+    rows = [
+        [
+            variant.name,
+            variant.published,
+            format_difference(results.difference(measure, variant.name, baseline), measure),
+        ]
+        for variant in results.comparison.variants
+        if variant.published
+    ]
+    return markdown_table(["variant", "published", f"{measure.title} minus {baseline}, here"], rows)
 
 
 def difference_table(results: Results, pairs: dict[str, str]) -> str:
-    """Return a table of each variant minus another, by its name, for every measure."""
-    same = len({*pairs.values()}) == 1
+    """Return a table of each variant minus another, which is named unless it is the baseline, for every measure."""
+    baseline = results.comparison.baseline
     rows = [
-        [f"`{name}`" if same else f"`{name}` − `{other}`"]
+        [f"`{name}`" if other == baseline else f"`{name}` − `{other}`"]
         + [format_difference(results.difference(measure, name, other), measure) for measure in results.measures]
         for name, other in pairs.items()
     ]
@@ -182,31 +289,56 @@ def difference_table(results: Results, pairs: dict[str, str]) -> str:
 
 
 def format_difference(found: Difference | None, measure: Measure) -> str:
-    """Return "mean [bootstrap interval] [Student's interval]", without those that are not known."""
+    """Return "mean [bootstrap interval] t [Student's interval]", without those that are not known."""
     if found is None:
         return ""
-    intervals = (interval for interval in (found.bootstrap, found.student) if interval is not None)
-    texts = (f"[{low:+.{measure.decimals}f}, {high:+.{measure.decimals}f}]" for low, high in intervals)
-    return " ".join((f"{found.mean:+.{measure.decimals}f}", *texts))
+    parts = [f"{found.mean:+.{measure.decimals}f}"]
+    if found.bootstrap is not None:
+        parts.append(_bracket(found.bootstrap, measure))
+    if found.student is not None:
+        parts.append(f"t {_bracket(found.student, measure)}")
+    return " ".join(parts)
+
+
+def _bracket(interval: tuple[float, float], measure: Measure) -> str:
+    low, high = interval
+    return f"[{low:+.{measure.decimals}f}, {high:+.{measure.decimals}f}]"
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A claim held against what was measured of two variants."""
+
+    name: str
+    against: str
+    measure: Measure
+    found: Difference | None
+    verdict: str
+
+
+def _held(results: Results) -> Iterator[tuple[Claim, list[_Held]]]:
+    """Yield each claim of a comparison with all that it is held against."""
+    by_key = {measure.key: measure for measure in results.measures}
+    for claim in results.comparison.claims:
+        measure, held = by_key[claim.measure], []
+        for name in claim.of:
+            against = results.comparison.narrow_of[name] if claim.against == "narrow" else claim.against
+            found = results.difference(measure, name, against)
+            decided = verdict(found, claim.expected, claim.within, measure.lower_is_better)
+            held.append(_Held(name, against, measure, found, decided))
+        yield claim, held
 
 
 def claim_table(results: Results) -> str:
     """Return a table of the comparison's claims: what was measured, and the verdict."""
-    by_key = {measure.key: measure for measure in results.measures}
+    counts = {name: non_embedding(cost) for name, cost in results.comparison.costs.items()}
+    kept = {name: f"`{name}` ({count / counts[results.comparison.baseline]:.0%})" for name, count in counts.items()}
     rows = []
-    for claim in results.comparison.claims:
-        measure = by_key[claim.measure]
+    for claim, held in _held(results):
         margin = f", with a margin of {claim.within:g}" if claim.within else ""
         text = f"{claim.claim}{margin} ({claim.source})"
-        for name in claim.of:
-            against = results.comparison.narrow_of[name] if claim.against == "narrow" else claim.against
-            found = results.difference(measure, name, against)
-            rows.append(
-                [
-                    text if name == claim.of[0] else "",
-                    f"{measure.title}: `{name}` − `{against}`",
-                    format_difference(found, measure),
-                    f"**{verdict(found, claim.expected, claim.within, measure.lower_is_better)}**",
-                ]
-            )
+        for one in held:
+            pair = f"{one.measure.title}: {kept[one.name]} − {kept[one.against]}"
+            rows.append([text, pair, format_difference(one.found, one.measure), f"**{one.verdict}**"])
+            text = ""
     return markdown_table(["claim", "measured", "difference", "verdict"], rows)

@@ -115,6 +115,7 @@ class ComparisonRunner:
             started = time.perf_counter()
             try:
                 record = self._record(run)
+                record["seconds"] = round(time.perf_counter() - started, 1)
             except Exception:  # whatever it is, the other runs can go on
                 path = _error_path(self.comparison, run)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +127,7 @@ class ComparisonRunner:
                 torch.cuda.empty_cache()
             save_record(record_path(self.comparison, run), record)
             loss = "diverged" if record["loss"] is None else f"evaluation loss {record['loss']:.4f}"
-            progress.write(f"{run.name}: {loss} ({time.perf_counter() - started:.0f} s)")
+            progress.write(f"{run.name}: {loss} ({record['seconds']:.0f} s)")
             return True
 
     @property

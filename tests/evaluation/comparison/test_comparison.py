@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import statistics
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from shared_bert.evaluation.comparison import (
     Comparison,
     ComparisonRunner,
     check_records,
+    cost_report,
     findings,
     has_records,
     write_results,
@@ -147,14 +149,18 @@ def test_the_sweep_chooses_the_lowest_loss(tmp_path):
     losses = {}
     for path in (tmp_path / "results" / "sweep").glob("shared-*.json"):
         record = json.loads(path.read_text())
-        assert record["seed"] == 1  # none of those that are reported
+        assert record["seed"] not in results.comparison.seeds
         assert record["tokens"] == 3 * 4 * 32
         losses[record["learning_rate"]] = record["loss"]
     assert len(losses) == 2
     best = min(losses, key=losses.get)
     assert best_options(results.comparison, "shared") == {"learning_rate": best}
     assert {record["learning_rate"] for record in results.records["shared"]} == {best}
-    assert "end of the range" in report(results)
+    low, high = (f"**{losses[rate]:.4f}**" if rate == best else f"{losses[rate]:.4f}" for rate in (1e-4, 1e-2))
+    assert f"| `shared` | {low} | {high} |" in report(results)
+    more = Comparison(results.comparison.path, seeds=[0, 1, 2])
+    check_records(more)  # more seeds leave the sweep as it is
+    assert len([run for run in more.runs() if run.tuned]) == 2
 
 
 def test_tables_show_the_records(finished):
@@ -167,6 +173,7 @@ def test_tables_show_the_records(finished):
     assert f"| `shared` | {difference:+.3f} [" in text
     assert "`shared` − `narrow_28x57`" in text
     assert "it is smaller (here)" in text
+    assert "4 documents of held_out" in text
     assert "All are trained for a second." in text
     assert results.every[0]["commit"] in text
 
@@ -190,16 +197,46 @@ def test_records_of_other_settings_are_said_to_be(finished, tmp_path):
 
 
 def test_findings_are_the_claims_of_all_comparisons(finished, tmp_path):
-    folder, _ = finished
+    folder, results = finished
     main = runpy.run_path(str(SCRIPT))["main"]
     page = tmp_path / "new" / "findings.md"
     assert main([str(folder / "small.yaml"), "--redraw", "--findings", str(page)]) == 0
     text = page.read_text()
-    assert "`shared` − `standard`" in text
-    assert "`shared` − `narrow_28x57`" in text
+    counts = {name: records[0]["non_embedding"] for name, records in results.records.items()}
+    assert f"`shared` ({counts['shared'] / counts['standard']:.0%}) − `standard` (100%)" in text
+    assert "| it is smaller | " in text  # one line for all that is held against it
     assert "**not decided at this scale**" in text
     assert "All are trained for a second." in text
     assert "results.md" in text
+
+
+def test_records_with_other_evaluations_make_no_tables(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder / "results" / "records", tmp_path / "records")
+    path = tmp_path / "records" / "shared-1.json"
+    record = json.loads(path.read_text())
+    comparison = Comparison(folder / "small.yaml", results_dir=str(tmp_path))
+    record["texts"]["held_out"]["document_tokens"].reverse()
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="shared with seed 1 has another loss on held_out than shared with seed 0"):
+        write_results(comparison)
+    del record["blimp"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="shared with seed 1 has other evaluations than that of standard with seed 0"):
+        write_results(comparison)
+
+
+def test_finished_runs_tell_what_the_others_will_take(finished, tmp_path):
+    folder, results = finished
+    shutil.copytree(folder / "results" / "records", tmp_path / "records")
+    for path in (tmp_path / "records").iterdir():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 3600}))
+    comparison = Comparison(folder / "small.yaml", seeds=[0, 1, 2, 3], results_dir=str(tmp_path))
+    work = [comparison.flops_of(run) for run in comparison.runs() if run.seed == 0]
+    text = cost_report(comparison)
+    assert "6 of 12 runs to do" in text
+    assert f"By the runs that are done: about {2 * sum(work) / statistics.median(work):.1f} hours" in text
+    assert all(record["seconds"] > 0 for record in results.every)
 
 
 def test_speed_is_measured_in_turns(finished, tmp_path):
@@ -207,11 +244,18 @@ def test_speed_is_measured_in_turns(finished, tmp_path):
     (tmp_path / "records").symlink_to(folder / "results" / "records")
     main = runpy.run_path(str(SCRIPT))["main"]
     assert main([str(folder / "small.yaml"), "--results_dir", str(tmp_path), "--speed"]) == 0
-    speed = json.loads((tmp_path / "speed.json").read_text())["tokens_per_second"]
+    record = json.loads((tmp_path / "speed.json").read_text())
+    speed, quartiles = record["tokens_per_second"], record["quartiles"]
     assert speed.keys() == results.records.keys()
+    assert all(low <= speed[name] <= high for name, (low, high) in quartiles.items())
     text = (tmp_path / "results.md").read_text()
     assert "in turns" in text
-    assert f"| {speed['shared']:,} |" in text
+    low, high = quartiles["shared"]
+    assert f"| {speed['shared']:,} ({low:,} to {high:,}) |" in text
+    # Of a variant less it is not the speed of all.
+    del speed["shared"]
+    (tmp_path / "speed.json").write_text(json.dumps(record))
+    assert "Speed is that of the runs" in report(Results(Comparison(folder / "small.yaml", results_dir=str(tmp_path))))
 
 
 def test_finished_runs_are_not_done_again(finished, monkeypatch):
@@ -299,7 +343,7 @@ def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path):
     options = {"variants": VARIANTS[1:], "narrow": False, "seeds": [0], "training": training}
     results = complete(write(tmp_path, **options, sweep={"learning_rate": [1e-3, 1e30]}))
     assert results.records["shared"][0]["learning_rate"] == 1e-3
-    diverged = json.loads((tmp_path / "results" / "sweep" / "shared-learning_rate=1e+30-1.json").read_text())
+    diverged = json.loads((tmp_path / "results" / "sweep" / "shared-learning_rate=1e+30-1000.json").read_text())
     assert diverged["loss"] is None
     assert "NaN or infinite" in diverged["diverged"]
 
@@ -321,7 +365,7 @@ def test_a_variant_whose_sweep_failed_waits(tmp_path, monkeypatch):
     )
     runner = ComparisonRunner(Comparison(path))
     runner.run()
-    assert runner.failed["shared-weight_decay=0.1-1"].startswith("ZeroDivisionError")
+    assert runner.failed["shared-weight_decay=0.1-1000"].startswith("ZeroDivisionError")
     assert runner.failed["shared-0"] == "waits for the runs of its sweep"
 
 
