@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -207,22 +207,6 @@ class SharedGptModel(SharedGptPreTrainedModel):
         )
 
 
-class EndOfPositions(StoppingCriteria):
-    """Ends generation when the texts have `length` tokens, as many as the model has positions for.
-
-    (A `MaxLengthCriteria` that is passed to `generate` replaces the one that `max_new_tokens` makes.)
-    """
-
-    def __init__(self, length: int):
-        self.length = length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        is_done = input_ids.shape[1] >= self.length
-        if is_done:
-            logger.warning_once("generation ends at the model's last position (max_position_embeddings)")
-        return torch.full((len(input_ids),), is_done, dtype=torch.bool, device=input_ids.device)
-
-
 def _within_positions(manager, config: SharedGptConfig):
     """Return `add_request` of a manager of continuous batching, for texts that end at the last position."""
     add_request, settings = manager.add_request, manager.generation_config
@@ -237,7 +221,10 @@ def _within_positions(manager, config: SharedGptConfig):
 
 
 class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
-    """The decoder with a head over the vocabulary, tied to the word embeddings."""
+    """The decoder with a head over the vocabulary, tied to the word embeddings.
+
+    `generate` ends, with a warning, where no position is left: a padded batch, where its longest row has none.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -299,17 +286,16 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def generate(
-        self, inputs=None, generation_config=None, logits_processor=None, stopping_criteria=None, *args, **kwargs
-    ):
-        """Generate as transformers' `generate` does, and end, with a warning, where no position is left."""
-        length = self.config.max_position_embeddings + 1  # the last token needs none
-        if kwargs.get("attention_mask") is not None:
-            length += int((kwargs["attention_mask"] == 0).sum(-1).min())  # padding takes none
-        if inputs is None and kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
-            length -= kwargs["inputs_embeds"].shape[1]  # only new tokens are counted then
-        criteria = StoppingCriteriaList([*(stopping_criteria or ()), EndOfPositions(length)])
-        return super().generate(inputs, generation_config, logits_processor, criteria, *args, **kwargs)
+    def _get_logits_processor(self, generation_config, input_ids_seq_length=None, *args, model_kwargs=None, **kwargs):
+        # `generate` calls this once, when it knows the positions of the prompt and has not used `max_length` yet.
+        if model_kwargs is not None:  # continuous batching has none; see `_within_positions`
+            room = self.config.max_position_embeddings - int(model_kwargs["position_ids"].max())  # the last needs none
+            if generation_config.max_length > input_ids_seq_length + room:
+                logger.warning_once("generation ends at the model's last position (max_position_embeddings)")
+                generation_config.max_length = input_ids_seq_length + room
+        return super()._get_logits_processor(
+            generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs
+        )
 
     def init_continuous_batching(self, *args, **kwargs):
         """Return the manager of transformers, whose paged cache keeps a key and a value of every token.
@@ -333,11 +319,12 @@ class SharedGptForCausalLM(SharedGptPreTrainedModel, GenerationMixin):
     @contextmanager
     def continuous_batching_context_manager(self, *args, **kwargs):
         """See transformers' method, which `generate_batch` uses, too."""
+        before = self.config.caches_are_paged
         try:
             with super().continuous_batching_context_manager(*args, **kwargs) as manager:
                 yield manager
         finally:
-            self.config.caches_are_paged = False
+            self.config.caches_are_paged = before  # True while another manager is there
 
 
 class SharedGptForSequenceClassification(SharedGptPreTrainedModel):

@@ -119,6 +119,27 @@ def test_generation_ends_at_the_last_position(input_ids, options):
     assert torch.equal(generate(model, None, inputs_embeds=embeds, **longer).sequences, within[:, 12:])
 
 
+def test_positions_are_counted_not_tokens(input_ids):
+    """Where a mask is inferred from the padding, positions are given, or a cache is continued."""
+    model, longer = tiny_model("gpt", initializer_range=0.3), {"max_new_tokens": 60, "do_sample": False}
+    input_ids = input_ids.clamp(min=1)
+    within = generate(model, input_ids, **longer).sequences
+    assert within.shape[1] == 41
+    padded = torch.nn.functional.pad(input_ids, (30, 0))
+    assert torch.equal(generate(model, padded, **longer).sequences[:, 30:], within)
+    offset = 3 + torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    assert generate(model, input_ids, position_ids=offset, **longer).sequences.shape[1] == 41 - 3
+    cache = model(input_ids[:, :-1], use_cache=True).past_key_values
+    mask = torch.ones_like(input_ids)
+    continued = generate(model, input_ids[:, -1:], attention_mask=mask, past_key_values=cache, **longer).sequences
+    assert torch.equal(continued, within[:, input_ids.shape[1] - 1 :])
+    forced = generate(model, input_ids, forced_eos_token_id=3, **longer).sequences
+    assert (forced[:, -1] == 3).all()
+    assistant = tiny_model("gpt", initializer_range=0.3, num_hidden_layers=1)
+    assisted = generate(model, input_ids[:1], assistant_model=assistant, **longer).sequences
+    assert torch.equal(assisted, within[:1])
+
+
 def test_a_prompt_longer_than_the_positions_is_refused():
     with pytest.raises(ValueError, match="max_position_embeddings=40"):
         generate(tiny_model("gpt"), torch.ones(1, 42, dtype=torch.long))

@@ -46,6 +46,8 @@ def test_generate_keeps_one_stream_afterwards(tmp_path):
     assert model.config.layer_types == ["shared_kv_attention"] * 2
     model.init_continuous_batching(GenerationConfig(**GREEDY))
     assert model.config.layer_types == ["full_attention"] * 2
+    model.generate_batch(ROWS, GenerationConfig(**GREEDY), continuous_batching_config=PAGED)
+    assert model.config.layer_types == ["full_attention"] * 2  # the manager above can still be started
     model.save_pretrained(tmp_path)
     again = SharedGptForCausalLM.from_pretrained(tmp_path)
     assert again.config.layer_types == ["shared_kv_attention"] * 2
@@ -62,5 +64,8 @@ def test_texts_end_at_the_last_position():
     }
     outputs = model.generate_batch(ROWS, GenerationConfig(**longer), **paged)
     assert [output.generated_tokens for _, output in sorted(outputs.items())] == expected
+    prompt = torch.tensor(ROWS[:1])
+    written = model.generate(prompt, GenerationConfig(**longer), cache_implementation="paged", **paged)
+    assert written.flatten().tolist() == ROWS[0] + expected[0]
     with pytest.raises(ValueError, match=r"41 tokens.*max_position_embeddings=40"):
         model.generate_batch([ROWS[0], [4] * 41], GenerationConfig(**GREEDY), **paged)
