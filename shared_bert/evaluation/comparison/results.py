@@ -81,24 +81,23 @@ def _title(results: Results) -> str:
 
 def _summary(every: Sequence[Results]) -> str:
     """Return a table with a line for each claim: its verdict in each comparison, and the difference measured."""
-    lines: dict[str, list[str]] = {}
+    lines: dict[str, list[list[_Held]]] = {}
     for place, results in enumerate(every):
         for claim, held in _held(results):
-            cells = lines.setdefault(claim.claim, [""] * len(every))
-            cells[place] = _in_short([one.verdict for one in held], [one.found for one in held], held[0].measure)
-    rows = [[claim, *cells] for claim, cells in lines.items()]
+            lines.setdefault(claim.claim, [[] for _ in every])[place] += held
+    rows = [[claim, *map(_in_short, cells)] for claim, cells in lines.items()]
     return markdown_table(["claim", *map(_title, every)], rows)
 
 
-def _in_short(verdicts: list[str], found: list[Difference | None], measure: Measure) -> str:
+def _in_short(held: list["_Held"]) -> str:
     """Return the verdicts on a claim, with the one difference and the range of its intervals, or all differences."""
-    known = [difference for difference in found if difference is not None]
-    numbers = [f"{difference.mean:+.{measure.decimals}f}" for difference in sorted(known, key=lambda d: d.mean)]
-    if len(verdicts) == 1:
-        interval = known[0].interval if known else None
-        numbers += [_bracket(interval, measure)] if interval else []
-        return " ".join([f"**{verdicts[0]}**", *numbers])
-    counts = ", ".join(f"{count} × **{verdict}**" for verdict, count in Counter(verdicts).most_common())
+    known = sorted((one for one in held if one.found is not None), key=lambda one: one.found.mean)
+    numbers = [f"{one.found.mean:+.{one.measure.decimals}f}" for one in known]
+    if len(held) == 1:
+        interval = known[0].found.interval if known else None
+        numbers += [_bracket(interval, known[0].measure)] if interval else []
+        return " ".join([f"**{held[0].verdict}**", *numbers])
+    counts = ", ".join(f"{count} × **{name}**" for name, count in Counter(one.verdict for one in held).most_common())
     return f"{counts} ({numbers[0]} to {numbers[-1]})" if numbers else counts
 
 

@@ -204,7 +204,7 @@ def test_findings_are_the_claims_of_all_comparisons(finished, tmp_path):
     text = page.read_text()
     counts = {name: records[0]["non_embedding"] for name, records in results.records.items()}
     assert f"`shared` ({counts['shared'] / counts['standard']:.0%}) − `standard` (100%)" in text
-    assert "| it is smaller | " in text  # one line for all that is held against it
+    assert "| it is smaller | 2 × **not decided at this scale** (" in text  # one line for both claims of these words
     assert "**not decided at this scale**" in text
     assert "All are trained for a second." in text
     assert "results.md" in text
